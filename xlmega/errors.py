@@ -1,0 +1,69 @@
+"""Everything that a person or a file can cause, as one family of exceptions.
+
+Each message says what was asked (with its values), the rule it broke and the nearest thing that works.
+They are raised before anything is allocated wherever that is possible. Entry scripts print one of these as
+a single message on stderr and exit with `exit_code`; any other exception is a bug of ours and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class XlmegaError(Exception):
+    """Root of the family."""
+
+    exit_code = 2
+
+
+class ConfigError(XlmegaError):
+    """A recipe, a DeepSpeed file or a command line that cannot be obeyed as it stands."""
+
+
+class LayoutError(XlmegaError):
+    """A tensor-, pipeline- or data-parallel layout that the ranks or the model do not allow."""
+
+
+class DataError(XlmegaError):
+    """Text, tokens, manifests or vocabularies that are missing, damaged or do not belong together."""
+
+
+class CheckpointError(XlmegaError):
+    """A checkpoint or run directory that is missing, damaged, occupied or of another model."""
+
+
+class NumericsError(XlmegaError):
+    """A loss or gradient that is not finite; the weights were left as they were."""
+
+    exit_code = 3
+
+
+class RendezvousError(XlmegaError):
+    """The ranks of a run did not come together in time."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the closest known name, or the list of known names when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: a user's error becomes one message on stderr, never a trace."""
+    try:
+        sys.exit(main() or 0)
+    except XlmegaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `tool | head` is not an error
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
