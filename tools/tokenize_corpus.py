@@ -1,0 +1,46 @@
+"""Tokenise a split, and when it is called 'train' the splits beside it too.
+
+    python tools/tokenize_corpus.py data/made/train --vocabulary vocab/made2k --output tokens/made
+
+writes tokens/made/{train,valid,...}/LANG.{bin,idx,json} and a copy of the vocabulary. An interrupted run is finished by
+the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from xlmega.data import tokenizing
+from xlmega.errors import run_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("split", type=Path, help="a folder SHARD-OR-LANGUAGE/*.jsonl[.gz|.zst], such as DATA/train")
+    parser.add_argument("--vocabulary", type=Path, required=True, help="a folder from tools/train_vocabulary.py")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads that encode; changes the speed only"
+    )
+    parser.add_argument("--only", action="store_true", help="not the splits beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace splits that are there")
+    args = parser.parse_args()
+    splits = tokenizing.tokenize_corpus(
+        args.split,
+        args.vocabulary,
+        args.output,
+        num_threads=args.workers,
+        only=args.only,
+        overwrite=args.overwrite,
+        say=lambda line: print(line, flush=True),
+    )
+    for split in splits:
+        for manifest in split.manifests:
+            print(f"  {split.name}/{manifest.language}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    print(f"wrote {args.output} ({', '.join(split.name for split in splits)}, vocabulary)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,242 @@
+"""XGLM and Languini GPT decoders, cut into pipeline stages, with the loss inside.
+
+In comes a micro-batch of windows (or, on later stages, hidden states that the pipeline schedule hands over); out goes
+the weighted loss on the last stage and hidden states on the others. Parameters are named as in the whole model up to
+the stage-local layer number (`weights.shards` gives the logical names).
+Sources: METHODS §1.6 (Languini GPT), §2.10 (XGLM).
+
+Shape letters: B windows, L positions, D hidden_size, V vocabulary, P max_positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from xlmega.models import dropout
+from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
+from xlmega.models.head import weighted_loss
+from xlmega.models.layers import LayerNorm, sequence_share, summed_over_sequence
+from xlmega.models.specs import layer_spec
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some windows on the device, as every stage of the pipeline gets them."""
+
+    tokens_BL: torch.Tensor
+    targets_BL: torch.Tensor
+    weights_BL: torch.Tensor
+    """What each target counts in the loss (fp32); the step's sum of them over all ranks is the loss's unit."""
+    slots: tuple[int, ...] | None = None
+    """Which windows of the run these are: the keys of dropout. None where nothing is dropped (evaluation)."""
+
+
+def sinusoidal_positions(num_positions: int, width: int) -> torch.Tensor:
+    """fp32 [num_positions, width]: row p is position p + 2, sines in the first half and cosines in the second."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    places = torch.arange(num_positions, dtype=torch.float32) + XGLM_POSITION_OFFSET
+    angles = places[:, None] * frequencies[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all ranks: the least multiple of tp_size that holds the vocabulary."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+class Embedding(MegatronModule):
+    """Word embedding (vocabulary-parallel), scaled, plus positions."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig):
+        super().__init__(config=config)
+        self.model = model
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+            padded_vocabulary(model.vocab_size, config.tensor_model_parallel_size),
+            model.hidden_size,
+            init_method=lambda weight: weight,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+        )
+        if model.positions == "learned":
+            self.position_embeddings = torch.nn.Embedding(
+                model.max_positions, model.hidden_size, dtype=config.params_dtype
+            )
+        else:
+            table = sinusoidal_positions(model.max_positions, model.hidden_size).to(config.params_dtype)
+            self.register_buffer("positions_PD", table, persistent=False)
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Token ids to hidden states [L, B, D] (this rank's positions with sequence parallelism)."""
+        hidden = self.word_embeddings(tokens_BL)
+        hidden_LBD = hidden if self.config.sequence_parallel else hidden.transpose(0, 1)
+        if self.model.embedding_scale != 1.0:
+            hidden_LBD = hidden_LBD * self.model.embedding_scale
+        first, total = sequence_share(self.config, hidden_LBD.shape[0])
+        share = slice(first, first + hidden_LBD.shape[0])
+        if self.model.positions == "learned":
+            positions = torch.arange(share.start, share.stop, device=tokens_BL.device)
+            table_PD = summed_over_sequence(self.position_embeddings.weight, self.config)
+            hidden_LBD = hidden_LBD + torch.nn.functional.embedding(positions, table_PD)[:, None]
+        else:
+            hidden_LBD = hidden_LBD + self.positions_PD[share, None]
+        if self.training and self.config.hidden_dropout:
+            p = self.config.hidden_dropout
+            hidden_LBD = dropout.dropout(hidden_LBD, p, "embedding", first_position=first, num_positions=total)
+        return hidden_LBD.contiguous()
+
+
+class Block(MegatronModule):
+    """The layers of one pipeline stage (or virtual stage), and the norm that follows the last of the model."""
+
+    def __init__(self, config: TransformerConfig, *, vp_stage: int | None, final_norm: bool, recompute: str):
+        super().__init__(config=config)
+        virtual = config.virtual_pipeline_model_parallel_size or 1
+        count = config.num_layers // (config.pipeline_model_parallel_size * virtual)
+        chunk = (vp_stage or 0) * config.pipeline_model_parallel_size + parallel_state.get_pipeline_model_parallel_rank()
+        self.first_layer = chunk * count
+        """Number of layers before this stage, over the whole model."""
+        self.layers = torch.nn.ModuleList(
+            build_module(layer_spec(), config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
+            for k in range(count)
+        )
+        self.final_layernorm = (
+            LayerNorm(config, config.hidden_size, eps=config.layernorm_epsilon) if final_norm else None
+        )
+
+    def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        """[L, B, D] to the same shape."""
+        for layer in self.layers:
+            hidden_LBD = layer(hidden_LBD)
+        return hidden_LBD if self.final_layernorm is None else self.final_layernorm(hidden_LBD)
+
+
+class Decoder(MegatronModule):
+    """One pipeline stage of a decoder (all of it when pp is 1)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        recompute: str = "none",
+        dropout_seed: int = 0,
+    ):
+        super().__init__(config=config)
+        self.model = model
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.dropout_seed = dropout_seed
+        self.received_LBD: torch.Tensor | None = None
+        self.model_type = ModelType.encoder_or_decoder  # the schedules ask
+        self.gradient_scale = 1.0
+        """What the caller multiplies the loss by before its backward pass (fp16 loss scaling)."""
+        if pre_process:
+            self.embedding = Embedding(model, config)
+        self.decoder = Block(config, vp_stage=vp_stage, final_norm=post_process, recompute=recompute)
+        self.head_copies_embedding = post_process and model.tied and not pre_process
+        if post_process and (not model.tied or self.head_copies_embedding):
+            rows = padded_vocabulary(model.vocab_size, config.tensor_model_parallel_size)
+            rows //= config.tensor_model_parallel_size
+            self.output_layer = torch.nn.Module()
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            weight = torch.empty(rows, model.hidden_size, dtype=config.params_dtype, device=device)
+            self.output_layer.register_parameter("weight", torch.nn.Parameter(weight))
+        for name, parameter in self.named_parameters():
+            axis = shard_axis(name)
+            parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]  # gradient norms read it
+            if axis is not None:
+                parameter.partition_dim = axis  # type: ignore[attr-defined]
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """The schedule hands over what the stage before has sent."""
+        self.received_LBD = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Last stage: (sum of weights * nll, nll_BL without gradient), fp32; other stages: hidden states."""
+        slots = batch.slots if self.training else None
+        with dropout.windows(self.dropout_seed, slots):
+            hidden_LBD = self.embedding(batch.tokens_BL) if self.pre_process else self.received_LBD
+            hidden_LBD = self.decoder(hidden_LBD)
+        return self._loss(hidden_LBD, batch) if self.post_process else hidden_LBD
+
+    def _loss(self, hidden_LBD: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.sequence_parallel:
+            hidden_LBD = gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True)
+        else:
+            hidden_LBD = copy_to_tensor_model_parallel_region(hidden_LBD)
+        weight = self.embedding.word_embeddings.weight if self._head_is_embedding else self.output_layer.weight
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        first_row = min(tp_rank * weight.shape[0], self.model.vocab_size)
+        rows = min(weight.shape[0], self.model.vocab_size - first_row)
+        batch_size, length = batch.targets_BL.shape
+        loss, nll_N = weighted_loss(
+            hidden_LBD.flatten(0, 1),
+            weight[:rows],  # padding rows are never seen, so they need no mask and get no gradient
+            batch.targets_BL.t().reshape(-1),
+            batch.weights_BL.t().reshape(-1),
+            first_row=first_row,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            gradient_scale=self.gradient_scale,
+        )
+        return loss, nll_N.view(length, batch_size).t()
+
+    @property
+    def _head_is_embedding(self) -> bool:
+        return self.model.tied and self.pre_process
+
+
+# Which axis of a parameter is split over tensor-parallel ranks, by the end of its name. A query-key-value row belongs
+# to a head and heads are kept whole; biases of row-parallel layers, norms and positions are replicated.
+_SHARD_AXES = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
+    "linear_proj.weight": 1,
+    "linear_fc2.weight": 1,
+}
+
+
+def shard_axis(name: str) -> int | None:
+    """The axis over which tensor parallelism splits the parameter of this name; None where every rank has it whole."""
+    return _SHARD_AXES.get(".".join(name.split(".")[-2:]))
+
+
+def build_stages(
+    model: ModelConfig, config: TransformerConfig, *, recompute: str = "none", dropout_seed: int = 0
+) -> list[Decoder]:
+    """This rank's model chunks: one, or `virtual_stages` of them when the pipeline is interleaved."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages = []
+    for vp_stage in range(virtual) if virtual else [None]:
+        where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        stages.append(
+            Decoder(
+                model,
+                config,
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                vp_stage=vp_stage,
+                recompute=recompute,
+                dropout_seed=dropout_seed,
+            )
+        )
+    return stages

@@ -1,0 +1,170 @@
+"""The pieces of a decoder layer that Megatron-core does not have in a form that runs everywhere.
+
+A layer norm that knows sequence parallelism without Apex or Transformer Engine, attention that never holds the score
+matrix, and a pre-norm layer with the residual adds written out. Linear layers and their tensor parallelism are
+Megatron-core's. Tensors are sequence-first; with sequence parallelism a rank holds L / tp positions between the
+tensor-parallel regions.
+
+Shape letters: L positions, B windows, D hidden_size, H heads of this rank, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch.utils.checkpoint import checkpoint
+
+from xlmega.models import dropout
+
+
+def summed_over_sequence(parameter: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """A replicated parameter as seen by this rank's share of the positions; its gradient is summed over all shares.
+
+    Doing the sum where the parameter is used, not before the step, makes it hold under every ZeRO stage: stages 2
+    and 3 reduce gradients while the backward pass is still running.
+    """
+    return copy_to_tensor_model_parallel_region(parameter) if config.sequence_parallel else parameter
+
+
+def sequence_share(config: TransformerConfig, num_positions: int) -> tuple[int, int]:
+    """(first position, length of the whole sequence) of what this rank holds between tensor-parallel regions."""
+    if not config.sequence_parallel:
+        return 0, num_positions
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return rank * num_positions, num_positions * parallel_state.get_tensor_model_parallel_world_size()
+
+
+class LayerNorm(torch.nn.Module):
+    """Layer norm over D with Megatron-core's constructor."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.config = config
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        """[L, B, D] to the same shape."""
+        weight = summed_over_sequence(self.weight, self.config)
+        bias = summed_over_sequence(self.bias, self.config)
+        return F.layer_norm(hidden_LBD, weight.shape, weight, bias, self.eps)
+
+
+class CausalAttention(MegatronModule):
+    """Core attention through `scaled_dot_product_attention`: memory linear in L, no scores held.
+
+    With attention dropout the scores are formed after all, one window at a time: torch's own dropout would draw from a
+    generator that knows ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """query, key, value [L, B, H, K] to [L, B, H * K]."""
+        query_BHLK, key_BHLK, value_BHLK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.config.attention_dropout and dropout.announced()[1] is not None:
+            mixed_BHLK = self._with_dropout(query_BHLK, key_BHLK, value_BHLK)
+        else:
+            mixed_BHLK = F.scaled_dot_product_attention(query_BHLK, key_BHLK, value_BHLK, is_causal=True)
+        return mixed_BHLK.permute(2, 0, 1, 3).flatten(2)
+
+    def _with_dropout(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        heads, length = query.shape[1:3]
+        first_head = heads * parallel_state.get_tensor_model_parallel_rank()
+        future_LL = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        p = self.config.attention_dropout
+        mixed = []
+        for window, slot in enumerate(dropout.announced()[1] or ()):
+            scores_HLL = query[window] @ key[window].transpose(-1, -2) / query.shape[-1] ** 0.5
+            weights_HLL = scores_HLL.masked_fill(future_LL, float("-inf")).float().softmax(-1)
+            keep_HLL = torch.stack([
+                dropout.keep_mask((length, length), p, f"attention/{self.layer_number}/{head}", slot, query.device)
+                for head in range(first_head, first_head + heads)
+            ])
+            mixed.append((weights_HLL * keep_HLL / (1.0 - p)).to(value.dtype) @ value[window])
+        return torch.stack(mixed)
+
+
+class DecoderLayer(MegatronModule):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Recomputation is decided here: "full" keeps only the layer's input, "selective" recomputes the MLP (its 4 D wide
+    activations are most of what a layer keeps once attention holds no scores).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int,
+        recompute: str = "none",
+    ):
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        """Counted from 1 over the whole model."""
+        self.recompute = recompute
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.input_layernorm = build_module(submodules.input_layernorm, **norm)
+        self.self_attention = build_module(
+            submodules.self_attention, config=config, layer_number=self.layer_number, pg_collection=groups
+        )
+        self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
+        assert isinstance(submodules.mlp, ModuleSpec)
+        self.mlp = build_module(submodules.mlp, config=config, tp_group=groups.tp)
+
+    def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        """[L, B, D] to the same shape."""
+        recompute = self.recompute if self.training and torch.is_grad_enabled() else "none"
+        if recompute == "full":
+            return self._recomputed(self._layer, hidden_LBD)
+        hidden_LBD = self._attend(hidden_LBD)
+        if recompute == "selective":
+            return self._recomputed(self._transform, hidden_LBD)
+        return self._transform(hidden_LBD)
+
+    def _layer(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        return self._transform(self._attend(hidden_LBD))
+
+    def _attend(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        output_LBD, bias_D = self.self_attention(self.input_layernorm(hidden_LBD), attention_mask=None)
+        return self._add(hidden_LBD, output_LBD, bias_D, "attention_output")
+
+    def _transform(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        output_LBD, bias_D = self.mlp(self.pre_mlp_layernorm(hidden_LBD))
+        return self._add(hidden_LBD, output_LBD, bias_D, "mlp_output")
+
+    def _add(self, residual_LBD: torch.Tensor, output_LBD: torch.Tensor, bias_D: Any, site: str) -> torch.Tensor:
+        if bias_D is not None:
+            output_LBD = output_LBD + summed_over_sequence(bias_D, self.config)
+        if self.training and self.config.hidden_dropout:
+            first, total = sequence_share(self.config, output_LBD.shape[0])
+            place = f"{site}/{self.layer_number}"
+            p = self.config.hidden_dropout
+            output_LBD = dropout.dropout(output_LBD, p, place, first_position=first, num_positions=total)
+        return residual_LBD + output_LBD
+
+    @staticmethod
+    def _recomputed(function: Any, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        seed, slots = dropout.announced()
+
+        def again(hidden_LBD: torch.Tensor) -> torch.Tensor:
+            with dropout.windows(seed, slots):
+                return function(hidden_LBD)  # type: ignore[no-any-return]
+
+        # Reentrant: under ZeRO-3 a parameter has another shape when it is gathered again, which the other form refuses.
+        # No generator is saved: nothing in the layer draws from one.
+        return checkpoint(again, hidden_LBD, use_reentrant=True, preserve_rng_state=False)  # type: ignore[no-any-return]

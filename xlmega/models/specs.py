@@ -1,0 +1,112 @@
+"""A decoder's layers as Megatron-core specs, and which optional package provides which part.
+
+In come a ModelConfig, a Layout and a precision; out go Megatron-core's TransformerConfig and the spec of one layer.
+The only file that may import transformer-engine or apex: they are used where they are installed and help, and never
+needed. Parameters have the same names and shapes whichever part is chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from xlmega.models.config import ModelConfig
+from xlmega.models.layers import CausalAttention, DecoderLayer, LayerNorm
+from xlmega.parallel.layout import Layout
+
+
+@functools.lru_cache
+def extras() -> dict[str, bool]:
+    """Which optional accelerators this process will use, for the start-up line."""
+    gpu = torch.cuda.is_available()
+    return {
+        "transformer-engine": gpu and importlib.util.find_spec("transformer_engine") is not None,
+        "apex": gpu and importlib.util.find_spec("apex") is not None,
+    }
+
+
+def transformer_config(
+    model: ModelConfig, layout: Layout, *, dtype: torch.dtype, on_cpu: bool, **changes: Any
+) -> TransformerConfig:
+    """Megatron-core's configuration of the same decoder; weights are allocated, not drawn."""
+    interleaved = layout.virtual_stages > 1
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.layernorm_epsilon,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        activation_func=_ACTIVATIONS[model.activation],
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if interleaved else None,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        attention_softmax_in_fp32=True,
+        # The loss arrives normalised by the step's count of targets; the schedule must not divide it again.
+        calculate_per_token_loss=True,
+        # Interleaved: with batched messages the two between one pair of ranks are swapped (Megatron-core 0.16.1, pp=2).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        **changes,
+    )
+
+
+_ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+def layer_spec() -> ModuleSpec:
+    """One pre-norm decoder layer."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=_core_attention(), linear_proj=RowParallelLinear
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=DecoderLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _core_attention() -> Any:
+    if extras()["transformer-engine"]:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    return CausalAttention

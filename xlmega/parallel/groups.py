@@ -1,0 +1,240 @@
+"""Joining a launcher and giving the ranks their groups; the only file that knows how a run was started.
+
+In come environment variables (deepspeed, torchrun, srun, mpirun or nothing at all) and a Layout; out go initialised
+torch.distributed and Megatron-core groups, the device to work on, and the `mpu` that DeepSpeed asks for.
+Guaranteed: every rank has answered a roll-call before any collective is issued, so a rank that never comes is named
+after `timeout_seconds`; and where there is no CUDA, Megatron-core's few calls to it answer with the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xlmega.errors import ConfigError, RendezvousError
+from xlmega.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who this process is among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    launcher: str
+    """deepspeed, torchrun, srun, mpirun or single."""
+
+
+# (launcher, rank, world size, local rank), in the order in which they are asked.
+_LAUNCHERS = (
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def discover(environ: Mapping[str, str], *, master_port: int | None = None) -> Process:
+    """The launcher's view of this process; one process when no launcher is found.
+
+    An sbatch script's own shell has SLURM_* variables too: only a task of srun has SLURM_STEP_ID.
+    """
+    for launcher, rank, world, local in _LAUNCHERS:
+        if rank not in environ or world not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
+            continue
+        try:
+            numbers = int(environ[rank]), int(environ[world]), int(environ.get(local, "0"))
+            port = master_port or int(environ.get("MASTER_PORT", _default_port(environ)))
+        except ValueError as error:
+            raise ConfigError(f"{launcher} set {rank}={environ[rank]} and {world}={environ[world]}: {error}.") from None
+        address = environ.get("MASTER_ADDR") or _first_slurm_node(environ.get("SLURM_STEP_NODELIST", ""))
+        if launcher == "mpirun" and not address:
+            address = _address_through_mpi()
+        name = "deepspeed" if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ else launcher
+        return Process(*numbers, address or "127.0.0.1", port, name)
+    return Process(0, 1, 0, "127.0.0.1", master_port or _free_port(), "single")
+
+
+def _default_port(environ: Mapping[str, str]) -> int:
+    """Two jobs of one cluster meet on one node with different ports."""
+    return 29500 + int(environ.get("SLURM_JOB_ID", "0")) % 1000
+
+
+def _first_slurm_node(node_list: str) -> str:
+    """'gpu[003-004,9],x1' -> 'gpu003'."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+))?", node_list)
+    return (match[1] + (match[2] or "")) if match else ""
+
+
+def _address_through_mpi() -> str:
+    """mpirun tells no address: rank 0's host name, broadcast through mpi4py."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise ConfigError(
+            "started by mpirun without MASTER_ADDR, and mpi4py is not installed. "
+            "Export MASTER_ADDR and MASTER_PORT, or install the extra: pip install -e .[mpi]"
+        ) from None
+    return str(MPI.COMM_WORLD.bcast(socket.gethostname(), root=0))
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def device_of(process: Process) -> torch.device:
+    """The CUDA device of this process's local rank, or the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if process.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {process.local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
+            "Start at most that many ranks per node, or set DS_ACCELERATOR=cpu."
+        )
+    return torch.device("cuda", process.local_rank)
+
+
+@contextlib.contextmanager
+def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+    """The groups of a run for the length of a `with` block; all ranks must enter. Gives the device to work on."""
+    device = device_of(process)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed guesses from what is installed, not from what there is
+        stand_in_for_cuda()
+        if process.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_node(process)))
+    else:
+        torch.cuda.set_device(device)
+    for name, value in (("RANK", process.rank), ("WORLD_SIZE", process.world_size), ("LOCAL_RANK", process.local_rank)):
+        os.environ[name] = str(value)  # DeepSpeed reads them whatever the launcher
+    store = _roll_call(process, timeout_seconds)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore("xlmega", store),
+        rank=process.rank,
+        world_size=process.world_size,
+        timeout=timedelta(seconds=max(timeout_seconds, 60.0)),
+    )
+    try:
+        from megatron.core import parallel_state
+
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            layout.virtual_stages if layout.virtual_stages > 1 else None,
+            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        )
+        yield device
+    finally:
+        if sys.exc_info()[0] is None:  # after an error the peers may be gone, and tear-down would wait for them
+            dist.barrier()
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _ranks_on_this_node(process: Process) -> int:
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    told = told or os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    return int(told) if told and told.isdigit() else process.world_size
+
+
+def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
+    """A store in which every rank has written its name; a RendezvousError that names those that did not."""
+    place = f"{process.master_addr}:{process.master_port}"
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store: dist.Store = dist.TCPStore(
+            process.master_addr,
+            process.master_port,
+            is_master=process.rank == 0 and not agent_has_store,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        if process.rank == 0 and "EADDRINUSE" in str(error):
+            raise RendezvousError(
+                f"port {process.master_port} of this machine is in use, so the ranks cannot meet at {place}. "
+                "Choose another with --master_port (given to the launcher, where there is one)."
+            ) from None
+        raise RendezvousError(f"rank {process.rank} cannot reach rank 0 at {place} in {timeout_seconds:g} s.") from None
+    except dist.DistStoreError:
+        raise RendezvousError(f"rank {process.rank} cannot reach rank 0 at {place} in {timeout_seconds:g} s.") from None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"roll_call_{attempt}", store)
+    store.set(str(process.rank), socket.gethostname())
+    try:
+        store.wait([str(rank) for rank in range(process.world_size)], timeout)
+    except dist.DistStoreError:
+        missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
+        raise RendezvousError(
+            f"{len(missing)} of {process.world_size} ranks did not come to {place} in {timeout_seconds:g} s: "
+            f"rank {', '.join(map(str, missing[:16]))}{' ...' if len(missing) > 16 else ''}. "
+            "Look at their logs, or wait longer with --rendezvous_timeout_seconds."
+        ) from None
+    return store
+
+
+class Mpu:
+    """What DeepSpeed asks of a model-parallel unit; Megatron-core answers, except for the model-parallel rank.
+
+    To DeepSpeed, model-parallel means tensor times pipeline: gradient norms and overflow flags go over both.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        from megatron.core import parallel_state
+
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_world_size(self) -> int:
+        return int(self.get_tensor_model_parallel_world_size() * self.get_pipeline_model_parallel_world_size())
+
+    def get_model_parallel_rank(self) -> int:
+        tp_size = self.get_tensor_model_parallel_world_size()
+        return int(self.get_pipeline_model_parallel_rank() * tp_size + self.get_tensor_model_parallel_rank())
+
+
+_stands_in = False
+
+
+def stand_in_for_cuda() -> None:
+    """Let Megatron-core's calls to torch.cuda answer with the CPU; done once, and only where CUDA is not used.
+
+    Met in Megatron-core 0.16.1: tensors placed on `torch.cuda.current_device()` (mappings, point-to-point), a
+    `device="cuda"` literal for the token count in the schedules, and synchronisation around point-to-point.
+    """
+    global _stands_in
+    if _stands_in:
+        return
+    _stands_in = True
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    from megatron.core.pipeline_parallel import schedules
+
+    schedules.torch = _TorchOnCpu()  # type: ignore[attr-defined]
+
+
+class _TorchOnCpu:
+    """The `torch` that the schedules module sees: the same, but "cuda" means the CPU in `zeros`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **keywords: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **keywords)

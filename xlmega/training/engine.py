@@ -1,0 +1,347 @@
+"""DeepSpeed's optimizer and ZeRO under Megatron-core's schedules, behind four verbs.
+
+In come this rank's model chunks and micro-batches; out go losses, updated weights, and any state as logical shards.
+`forward_backward` runs the micro-batches of a step, `apply` updates the weights, `evaluate` scores without training,
+and `read_state` / `write_state` exchange fp32 weights and moments with checkpoints and initial weights.
+
+Guaranteed: the loss is normalised by the step's count of targets over all ranks, so that data-parallel size and
+micro-batch split do not change it; the gradient norm is the whole model's, each parameter counted once; a loss or
+gradient that is not finite stops the run before any weight changes. All ranks must call every method together.
+
+Two paths lead through a step. With ZeRO stages 0 and 1 Megatron's schedule (1F1B, interleaved, or none) runs on the bare
+modules and DeepSpeed reduces and steps afterwards; stages 2 and 3 reduce while going backward, so DeepSpeed's own
+forward and backward are used (pp is 1 there). The only file that may import deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from xlmega.data.batches import Batch
+from xlmega.errors import NumericsError
+from xlmega.models import specs
+from xlmega.models.config import ModelConfig
+from xlmega.models.decoder import Decoder, MicroBatch, build_stages
+from xlmega.parallel.groups import Mpu
+from xlmega.parallel.layout import Layout
+from xlmega.training.optimizer import OptimizerSettings, adamw
+from xlmega.training.runtime import Runtime
+from xlmega.weights.shards import LogicalSource, Shard, shards_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass over a batch found, summed over all ranks."""
+
+    nll: tuple[float, ...]
+    """Sum of negative log-likelihoods in nats, per language."""
+    targets: tuple[float, ...]
+    """Number of predicted tokens (sum of weights), per language."""
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per predicted token over all languages."""
+        return sum(self.nll) / max(sum(self.targets), 1e-30)
+
+
+class Engine:
+    """One model in training. Build it inside `groups.joined`; its weights are undefined until `write_state`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        runtime: Runtime,
+        optimizer: OptimizerSettings,
+        *,
+        device: torch.device,
+        sequence_length: int,
+        micro_batches: int,
+        recompute: str = "none",
+        seed: int = 0,
+        languages: Sequence[str] = (),
+    ):
+        self.model, self.layout, self.runtime, self.device = model, layout, runtime, device
+        self._optimizer_settings = optimizer
+        self._sequence_length = sequence_length
+        self._languages = tuple(languages)
+        dtype = DTYPES[runtime.precision]
+        config = specs.transformer_config(model, layout, dtype=dtype, on_cpu=device.type == "cpu")
+        self.stages = build_stages(model, config, recompute=recompute, dropout_seed=seed)
+        for stage in self.stages:
+            stage.to(device)
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.shards: list[tuple[Shard, torch.nn.Parameter]] = shards_of(self.stages, model, tp_rank, layout.tp)
+        for shard, parameter in self.shards:
+            if shard.is_copy:
+                parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]  # counted once in gradient norms
+        self.is_last_stage = any(stage.post_process for stage in self.stages)
+        self._engine = self._initialise(runtime.for_deepspeed(
+            gradient_clipping=optimizer.gradient_clipping, micro_batches=micro_batches
+        ))
+        self._nll: list[tuple[int, torch.Tensor]] = []
+        config.grad_scale_func = self._scale_loss
+        config.finalize_model_grads_func = None
+        config.no_sync_func = None
+        self._config = config
+
+    def _initialise(self, settings: dict[str, Any]) -> Any:
+        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        # Built with a C++ compiler at start (20 s, and there may be none); gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if self.device.type == "cpu" else "nccl", dist_init_required=False, verbose=False
+        )
+        module = self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages)
+        base = adamw(self._optimizer_settings, [(p, len(shard.shape) > 1) for shard, p in self.shards])
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures that nobody asked for
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=base, config=settings, mpu=Mpu(), dist_init_required=False
+            )
+        engine.enable_backward_allreduce = not self.runtime.uses_schedule
+        return engine
+
+    # ---------------------------------------------------------------- a step
+
+    def forward_backward(self, batch: Batch, *, step: int = 0) -> Report:
+        """Gradients of the mean loss over the step's predicted tokens; NumericsError when the loss is not finite."""
+        self._train(True)
+        targets = torch.tensor(float(batch.weights.sum(dtype="float64")), dtype=torch.float64)
+        dist.all_reduce(targets, group=parallel_state.get_data_parallel_group())
+        # Gradients are averaged over data-parallel ranks, and the loss is a mean over all of them.
+        unit = self.layout.dp / max(targets.item(), 1.0)
+        report = self._pass(batch, unit, train=True)
+        if not math.isfinite(report.loss):
+            raise NumericsError(f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed.")
+        return report
+
+    def apply(self, learning_rate: float, *, step: int = 0, batch: Batch | None = None) -> tuple[float, bool]:
+        """Reduce, clip and update; (gradient norm before clipping, whether fp16 scaling skipped the step)."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.runtime.uses_schedule:
+            self._sum_tied_embedding()
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
+        norm = self._clip_whole_model() if self.runtime.zero_stage == 0 else math.nan
+        bad = self.runtime.zero_stage == 0 and not math.isfinite(norm)
+        if not bad:
+            self._engine.step()
+            if self.runtime.zero_stage:
+                norm = float(self._engine.get_global_grad_norm() or 0.0)
+                bad = bool(getattr(self._engine.optimizer, "overflow", False))
+        if bad and self.runtime.precision != "fp16":
+            raise NumericsError(
+                f"a gradient of step {step} is not finite, though its loss is. {self._name(batch, None)} "
+                "No weight changed."
+            )
+        return norm, bad
+
+    def evaluate(self, batch: Batch) -> Report:
+        """Negative log-likelihoods without gradients."""
+        self._train(False)
+        return self._pass(batch, 0.0, train=False)
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that keeps fp16 gradients in range; 1 in other precisions."""
+        return float(self._engine.optimizer.loss_scale) if self.runtime.precision == "fp16" else 1.0
+
+    def _train(self, training: bool) -> None:
+        for stage in self.stages:
+            stage.train(training)
+
+    def _pass(self, batch: Batch, unit: float, *, train: bool) -> Report:
+        self._nll.clear()
+        for stage in self.stages:
+            stage.gradient_scale = self.loss_scale if train else 1.0
+        if train and not self.runtime.uses_schedule:
+            self._own_backward(batch, unit)
+        else:
+            self._scheduled(batch, unit, train)
+        return self._gathered(batch)
+
+    def _micro_batches(self, batch: Batch, unit: float) -> Iterator[tuple[int, MicroBatch]]:
+        for index in range(batch.tokens.shape[0]):
+            tokens_BL1 = torch.from_numpy(batch.tokens[index]).to(self.device)
+            weights_BL = torch.from_numpy(batch.weights[index]).to(self.device)
+            slots = tuple(int(slot) for slot in batch.slots[index]) if self._drops_out else None
+            yield index, MicroBatch(tokens_BL1[:, :-1], tokens_BL1[:, 1:], weights_BL * unit, slots)
+
+    @property
+    def _drops_out(self) -> bool:
+        return bool(self.model.dropout or self.model.attention_dropout)
+
+    def _scheduled(self, batch: Batch, unit: float, train: bool) -> None:
+        count, windows, length = batch.weights.shape
+        feeds = [self._micro_batches(batch, unit) for _ in self.stages]
+        if train:
+            self._engine.set_gradient_accumulation_boundary(False)
+        get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
+            model=self.stages if len(self.stages) > 1 else self.stages[0],
+            num_microbatches=count,
+            seq_length=length,
+            micro_batch_size=windows,
+            forward_only=not train,
+        )
+
+    def _forward_step(self, feed: Any, stage: Decoder) -> tuple[torch.Tensor, Any]:
+        index, micro_batch = next(feed)
+        output = stage(micro_batch)
+        if not stage.post_process:
+            return output, None
+        loss, nll_BL = output
+        self._nll.append((index, nll_BL))
+        return loss, lambda loss: (loss, torch.ones((), dtype=torch.int), {})
+
+    def _scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.loss_scale
+
+    def _own_backward(self, batch: Batch, unit: float) -> None:
+        last = batch.tokens.shape[0] - 1
+        for index, micro_batch in self._micro_batches(batch, unit):
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            loss, nll_BL = self._engine(micro_batch)
+            self._nll.append((index, nll_BL))
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _gathered(self, batch: Batch) -> Report:
+        """Sums per language over all ranks; only one rank per replica of the last stage contributes."""
+        languages = max(len(self._languages), int(batch.languages.max(initial=0)) + 1)
+        sums = torch.zeros(2, languages, dtype=torch.float64)
+        if self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
+            for index, nll_BL in self._nll:
+                weights_BL = torch.from_numpy(batch.weights[index]).double()
+                where = torch.from_numpy(batch.languages[index]).long()
+                # A padded target may score infinity; it is not part of the sum.
+                nll_B = torch.where(weights_BL > 0, nll_BL.cpu().double() * weights_BL, 0.0).sum(1)
+                sums[0].index_add_(0, where, nll_B)
+                sums[1].index_add_(0, where, weights_BL.sum(1))
+        dist.all_reduce(sums)
+        return Report(tuple(sums[0].tolist()), tuple(sums[1].tolist()))
+
+    def _name(self, batch: Batch | None, report: Report | None) -> str:
+        """The batch in words, for an error."""
+        if batch is None:
+            return ""
+        names = self._languages
+        bad = [name for name, nll in zip(names, report.nll) if not math.isfinite(nll)] if report else []
+        where = f" in {', '.join(bad)}" if bad else ""
+        return f"Its windows are slots {int(batch.slots.min())} to {int(batch.slots.max())} of the run{where}."
+
+    # ---------------------------------------------------------------- gradients
+
+    def _sum_tied_embedding(self) -> None:
+        """First and last pipeline stage each hold the tied embedding; its gradient is the sum of theirs."""
+        if not self.model.tied or self.layout.pp == 1 or not parallel_state.is_rank_in_embedding_group():
+            return
+        group = parallel_state.get_embedding_group()
+        for shard, parameter in self.shards:
+            if shard.name == "embedding.word_embeddings.weight":
+                dist.all_reduce(self._gradient(parameter), group=group)
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Where DeepSpeed accumulates this parameter's gradient (bf16 and fp16 keep an fp32 sum beside it)."""
+        for place in ("_hp_grad", "grad_accum", "grad"):
+            gradient = getattr(parameter, place, None)
+            if gradient is not None:
+                return gradient.view(parameter.shape) if place == "_hp_grad" else gradient  # type: ignore[no-any-return]
+        raise AssertionError("a parameter without gradient took part in the step")
+
+    def _clip_whole_model(self) -> float:
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        gradients = [p.grad for shard, p in self.shards if p.grad is not None]
+        counted = [
+            p.grad.double().square().sum()
+            for shard, p in self.shards
+            if p.grad is not None and not shard.is_copy and (shard.axis is not None or tp_rank == 0)
+        ]
+        square = torch.stack(counted).sum() if counted else torch.zeros((), dtype=torch.float64, device=self.device)
+        dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
+        norm = math.sqrt(square.item()) if math.isfinite(square.item()) else math.inf
+        limit = self._optimizer_settings.gradient_clipping
+        if limit and norm > limit and math.isfinite(norm):
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return norm
+
+    # ---------------------------------------------------------------- state
+
+    def write_state(self, weights: LogicalSource, moments: dict[str, LogicalSource] | None = None, step: int = 0) -> None:
+        """Set every weight (and, with `moments`, the optimizer's state after `step` updates) from logical tensors."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for shard, parameter in self.shards:
+            full = self._local(shard, weights)
+            if self.runtime.zero_stage == 0:
+                parameter.data.copy_(full)
+                continue
+            safe_set_full_fp32_param(parameter, full)
+            self._set_low_precision(parameter, full)
+        if moments is None:
+            return
+        self._allocate_moments()
+        for kind in MOMENTS:
+            for shard, parameter in self.shards:
+                full = self._local(shard, moments[kind])
+                if self.runtime.zero_stage == 0:
+                    self._engine.basic_optimizer.state[parameter][kind].copy_(full)
+                else:
+                    safe_set_full_optimizer_state(parameter, full, kind)
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(float(step))
+
+    def read_state(self, shard: Shard, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+        """'weight', 'exp_avg' or 'exp_avg_sq' of a shard without padding, fp32 on the CPU."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.runtime.zero_stage == 0:
+            state = self._engine.basic_optimizer.state
+            value = parameter.data if kind == "weight" else state[parameter][kind]
+        elif kind == "weight":
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, kind)
+        assert value is not None, (shard.name, kind)
+        return shard.valid(value.detach().view(shard.local_shape)).float().cpu().contiguous()
+
+    def _local(self, shard: Shard, source: LogicalSource) -> torch.Tensor:
+        full = torch.zeros(shard.local_shape, dtype=torch.float32)
+        shard.valid(full).copy_(source.read_slice(shard.name, shard.slices))
+        return full.to(self.device)
+
+    def _set_low_precision(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+        """The weights that the forward pass sees; setting the master weights does not reach them."""
+        if self.runtime.zero_stage < 3:
+            parameter.data.copy_(full)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(full)
+
+    def _allocate_moments(self) -> None:
+        """Have every optimizer state exist: they are allocated in the first step, and this one changes nothing."""
+        if all(state for state in self._engine.basic_optimizer.state.values()) and self._engine.basic_optimizer.state:
+            return
+        raise NotImplementedError
