@@ -99,9 +99,7 @@ def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) ->
         if key not in names:
             hint = nearest(path + key, [path + name for name in names])
             found.append(f"{what} has no key '{path}{key}'.{hint}")
-    values = {
-        name: _value(hints[name], table[name], f"{path}{name}", found, what) for name in names if name in table
-    }
+    values = {name: _value(hints[name], table[name], f"{path}{name}", found, what) for name in names if name in table}
     missing = [
         field.name
         for field in dataclasses.fields(cls)

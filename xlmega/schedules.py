@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class Stages(Generic[T]):
 
     def __post_init__(self) -> None:
         assert self.starts and self.starts[0] == 0 and len(self.starts) == len(self.values), self
-        assert all(a < b for a, b in zip(self.starts, self.starts[1:])), self
+        assert all(a < b for a, b in pairwise(self.starts)), self
 
     def at(self, step: int) -> T:
         """The value that holds at `step`; the last one holds for ever."""

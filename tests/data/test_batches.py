@@ -203,7 +203,8 @@ def test_an_id_that_the_vocabulary_does_not_have(bad: int) -> None:
     with pytest.raises(DataError) as error:
         [batches.at(step) for step in range(2)]
     assert str(error.value).startswith(
-        f"language 'fr', window 5, position 3 of 'tokens/train/fr' has id {bad}, but the vocabulary has {VOCABULARY} ids."
+        f"language 'fr', window 5, position 3 of 'tokens/train/fr' has id {bad}, but the vocabulary has {VOCABULARY} "
+        "ids."
     )
 
 

@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from xlmega.weights.huggingface import (
     verify_huggingface,
 )
 from xlmega.weights.names import LogicalTensors, logical_shapes
-from xlmega.weights.tokenizer_json import piece_scores
 
 pytestmark = pytest.mark.torch
 
@@ -222,14 +221,14 @@ def test_zero_heads_that_were_trained_are_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def edited_config(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+def edited_config(tmp_path: Path) -> Callable[..., Path]:
     def edit(config: ModelConfig, **changes: Any) -> Path:
         export_huggingface(Drawn(config), tmp_path / "out", vocabulary_folder=None, overwrite=True)
         path = tmp_path / "out" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         return tmp_path / "out"
 
-    yield edit
+    return edit
 
 
 def test_what_our_decoders_do_not_compute_is_refused(edited_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -337,7 +336,7 @@ def test_the_tokenizer_gives_our_ids_for_real_text(trained_on: str, made_vocabul
 
         train_vocabulary(texts, 4000, folder := tmp_path / "vocabulary")
     ours = load_vocabulary(folder)
-    for name, content in tokenizer_files(ours, piece_scores(folder), 512).items():
+    for name, content in tokenizer_files(ours, 512).items():
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert len(texts) > 200

@@ -193,7 +193,7 @@ class Blend:
             # A subtree with no language has no slots either; 1 keeps its division defined.
             to_left = _left_of_first(counts, left, np.maximum(total, 1))
             counts = np.stack([to_left, counts - to_left], axis=1).ravel()
-        return {name: int(count) for name, count in zip(self.languages, counts)}
+        return {name: int(count) for name, count in zip(self.languages, counts, strict=False)}
 
     def epochs(self, num_slots: int) -> dict[str, float]:
         """Passes over each language's windows by the end of `num_slots` slots, earlier stages' included.
@@ -202,7 +202,9 @@ class Blend:
         """
         return {
             name: (int(start) + count) / int(size)
-            for (name, count), start, size in zip(self.counts(num_slots).items(), self._starts, self._num_windows)
+            for (name, count), start, size in zip(
+                self.counts(num_slots).items(), self._starts, self._num_windows, strict=True
+            )
         }
 
 

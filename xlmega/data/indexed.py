@@ -153,7 +153,7 @@ def open_tokens(prefix: Path) -> IndexedTokens:
     if header != due_header or not sizes_agree:
         raise DataError(
             f"'{prefix}.idx' and its manifest disagree: the header is {header} where {due_header} is due, for "
-            f"{manifest.bin_bytes} bytes of {manifest.dtype} tokens. The files belong to different runs: tokenise again."
+            f"{manifest.bin_bytes} bytes of {manifest.dtype} tokens. They belong to different runs: tokenise again."
         )
     tokens = np.memmap(_with(prefix, ".bin"), dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
     return IndexedTokens(prefix, manifest, tokens)

@@ -125,7 +125,7 @@ def _cipher(value: Any, high_bits: Any, low_bits: Any, key: Any) -> Any:
     one = np.uint64(1) if isinstance(value, np.ndarray) else 1
     high_mask, low_mask = (one << high_bits) - one, (one << low_bits) - one
     high, low = value >> low_bits, value & low_mask
-    for even, odd in zip(_ROUND_KEYS[::2], _ROUND_KEYS[1::2]):
+    for even, odd in zip(_ROUND_KEYS[::2], _ROUND_KEYS[1::2], strict=True):
         high = high ^ (_mix(low ^ ((key + even) & _MASK)) & high_mask)
         low = low ^ (_mix(high ^ ((key + odd) & _MASK)) & low_mask)
     return (high << low_bits) | low

@@ -75,6 +75,13 @@ class ModelConfig:
         positions = self.max_positions * d if self.positions == "learned" else 0
         return words + positions + self.num_layers * layer + 2 * d
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations of forward and backward for one token: 6 for each weight of a matrix product, plus
+        causal attention's scores and mix. Recomputation is not counted."""
+        d, w, f = self.hidden_size, self.attention_width, self.ffn_hidden_size
+        weights = self.num_layers * (4 * d * w + 2 * d * f) + self.vocab_size * d
+        return 6.0 * weights + 6.0 * self.num_layers * w * sequence_length
+
 
 def xglm(num_layers: int, hidden_size: int, ffn_hidden_size: int, num_heads: int, **changes: Any) -> dict[str, Any]:
     """An XGLM decoder: tied, scaled embeddings, sinusoidal positions."""

@@ -81,7 +81,7 @@ class Embedding(MegatronModule):
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids to hidden states [L, B, D] (this rank's positions with sequence parallelism)."""
-        hidden = self.word_embeddings(tokens_BL)
+        hidden: torch.Tensor = self.word_embeddings(tokens_BL)
         hidden_LBD = hidden if self.config.sequence_parallel else hidden.transpose(0, 1)
         if self.model.embedding_scale != 1.0:
             hidden_LBD = hidden_LBD * self.model.embedding_scale
@@ -104,9 +104,9 @@ class Block(MegatronModule):
 
     def __init__(self, config: TransformerConfig, *, vp_stage: int | None, final_norm: bool, recompute: str):
         super().__init__(config=config)
-        virtual = config.virtual_pipeline_model_parallel_size or 1
-        count = config.num_layers // (config.pipeline_model_parallel_size * virtual)
-        chunk = (vp_stage or 0) * config.pipeline_model_parallel_size + parallel_state.get_pipeline_model_parallel_rank()
+        virtual, pp = config.virtual_pipeline_model_parallel_size or 1, config.pipeline_model_parallel_size
+        count = config.num_layers // (pp * virtual)
+        chunk = (vp_stage or 0) * pp + parallel_state.get_pipeline_model_parallel_rank()
         self.first_layer = chunk * count
         """Number of layers before this stage, over the whole model."""
         self.layers = torch.nn.ModuleList(
@@ -159,9 +159,9 @@ class Decoder(MegatronModule):
             self.output_layer.register_parameter("weight", torch.nn.Parameter(weight))
         for name, parameter in self.named_parameters():
             axis = shard_axis(name)
-            parameter.tensor_model_parallel = axis is not None  # type: ignore[attr-defined]  # gradient norms read it
+            parameter.tensor_model_parallel = axis is not None  # gradient norms read it
             if axis is not None:
-                parameter.partition_dim = axis  # type: ignore[attr-defined]
+                parameter.partition_dim = axis
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """The schedule hands over what the stage before has sent."""
@@ -180,7 +180,8 @@ class Decoder(MegatronModule):
             hidden_LBD = gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True)
         else:
             hidden_LBD = copy_to_tensor_model_parallel_region(hidden_LBD)
-        weight = self.embedding.word_embeddings.weight if self._head_is_embedding else self.output_layer.weight
+        head: Any = self.embedding.word_embeddings if self._head_is_embedding else self.output_layer
+        weight = head.weight
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         first_row = min(tp_rank * weight.shape[0], self.model.vocab_size)
         rows = min(weight.shape[0], self.model.vocab_size - first_row)

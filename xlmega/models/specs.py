@@ -90,7 +90,9 @@ def layer_spec() -> ModuleSpec:
             linear_qkv=ColumnParallelLinear, core_attention=_core_attention(), linear_proj=RowParallelLinear
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
     return ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(

@@ -226,7 +226,7 @@ def stand_in_for_cuda() -> None:
     torch.cuda.synchronize = lambda device=None: None
     from megatron.core.pipeline_parallel import schedules
 
-    schedules.torch = _TorchOnCpu()  # type: ignore[attr-defined]
+    schedules.torch = _TorchOnCpu()
 
 
 class _TorchOnCpu:

@@ -68,7 +68,7 @@ def num_micro_batches(layout: Layout, batch_windows: int, micro_batch_windows: i
     """Micro-batches of each data-parallel rank in a step; a LayoutError when the batch does not divide."""
     per_round = layout.dp * micro_batch_windows
     if micro_batch_windows < 1 or batch_windows % per_round:
-        works = [m for m in divisors(batch_windows // layout.dp)] if batch_windows % layout.dp == 0 else []
+        works = divisors(batch_windows // layout.dp) if batch_windows % layout.dp == 0 else []
         hint = (
             f"With dp={layout.dp} the micro-batch may be {spell(works)}."
             if works

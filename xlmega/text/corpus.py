@@ -1,8 +1,8 @@
 """Folders of JSON lines in, documents out, and back.
 
-A corpus split is a folder of folders of files, `SPLIT/SHARD-OR-LANGUAGE/*.jsonl[.gz|.zst]`, one document a line with the
-keys `text`, `lang` and `id`. A missing `lang` is the folder's name, unless that is a shard number; a missing `id` is
-where the document stands. Files come in a fixed order (folders, then files, by name) and are streamed. Every damage
+A corpus split is a folder of folders of files, `SPLIT/SHARD-OR-LANGUAGE/*.jsonl[.gz|.zst]`, one document a line with
+the keys `text`, `lang` and `id`. A missing `lang` is the folder's name, unless that is a shard number; a missing `id`
+is where the document stands. Files come in a fixed order (folders, then files, by name) and are streamed. Every damage
 ends in a DataError that names file and line: nothing is skipped and nothing is repaired in silence.
 """
 
@@ -131,8 +131,9 @@ def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
     """
     number = 0
     with _compressed(file) as stream:
-        for number, record in enumerate(records, start=1):
+        for record in records:
             stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+            number += 1
     return number
 
 

@@ -345,7 +345,7 @@ class Speaker:
         self._endings = {name: shapes.pop(draw.below(len(shapes))) for name in endings}
         self.words: dict[str, str] = {}
         self.cognates: list[str] = []
-        used = {word: "grammar" for word in self._grammar_words.values()}
+        used = dict.fromkeys(self._grammar_words.values(), "grammar")
         previous: dict[str, str] = {}
         for sense in world.senses:
             kind, rank = sense.split(".")[0], int(sense.split(".")[1])

@@ -66,6 +66,10 @@ class Vocabulary:
         """The piece as SentencePiece spells it (spaces as U+2581)."""
         return str(self._processor.id_to_piece(id))
 
+    def score(self, id: int) -> float:
+        """The logarithm of the piece's probability in the unigram model; 0 for specials and bytes."""
+        return float(self._processor.get_score(id))
+
     def text_of(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; specials stand for none."""
         return self._table[id]
@@ -187,8 +191,8 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     if described != due or not np.array_equal(sizes, vocabulary.piece_bytes):
         found = described.get("hash") if isinstance(described, dict) else described
         raise DataError(
-            f"the files in '{folder}' do not belong together: vocabulary.json has hash {found}, but tokenizer.model has "
-            f"{vocabulary.hash}. Copy or train the vocabulary again."
+            f"the files in '{folder}' do not belong together: vocabulary.json has hash {found}, but tokenizer.model "
+            f"has {vocabulary.hash}. Copy or train the vocabulary again."
         )
     return vocabulary
 

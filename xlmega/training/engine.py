@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -52,6 +54,8 @@ class Report:
     """Sum of negative log-likelihoods in nats, per language."""
     targets: tuple[float, ...]
     """Number of predicted tokens (sum of weights), per language."""
+    extra: tuple[float, ...] = ()
+    """What the caller gave as `extra`, summed over data-parallel ranks."""
 
     @property
     def loss(self) -> float:
@@ -118,6 +122,14 @@ class Engine:
                 model=module, optimizer=base, config=settings, mpu=Mpu(), dist_init_required=False
             )
         engine.enable_backward_allreduce = not self.runtime.uses_schedule
+        if self.runtime.zero_stage in (1, 2):
+            # DeepSpeed 0.19.8 links states to parameters after the first group's first step, when the second group's do
+            # not exist yet, and never again: have them all exist before.
+            for group in engine.basic_optimizer.param_groups:
+                for flat in group["params"]:
+                    zeros = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+                    step = torch.zeros((), dtype=torch.float32, device=flat.device)
+                    engine.basic_optimizer.state[flat] = {"step": step, **zeros}
         return engine
 
     # ---------------------------------------------------------------- a step
@@ -156,10 +168,10 @@ class Engine:
             )
         return norm, bad
 
-    def evaluate(self, batch: Batch) -> Report:
-        """Negative log-likelihoods without gradients."""
+    def evaluate(self, batch: Batch, *, num_languages: int, extra: npt.NDArray[np.float64] | None = None) -> Report:
+        """Negative log-likelihoods without gradients; `extra` [num_languages] is summed over data-parallel ranks."""
         self._train(False)
-        return self._pass(batch, 0.0, train=False)
+        return self._pass(batch, 0.0, train=False, num_languages=num_languages, extra=extra)
 
     @property
     def loss_scale(self) -> float:
@@ -170,7 +182,15 @@ class Engine:
         for stage in self.stages:
             stage.train(training)
 
-    def _pass(self, batch: Batch, unit: float, *, train: bool) -> Report:
+    def _pass(
+        self,
+        batch: Batch,
+        unit: float,
+        *,
+        train: bool,
+        num_languages: int | None = None,
+        extra: npt.NDArray[np.float64] | None = None,
+    ) -> Report:
         self._nll.clear()
         for stage in self.stages:
             stage.gradient_scale = self.loss_scale if train else 1.0
@@ -178,7 +198,7 @@ class Engine:
             self._own_backward(batch, unit)
         else:
             self._scheduled(batch, unit, train)
-        return self._gathered(batch)
+        return self._gathered(batch, num_languages or max(1, len(self._languages)), extra)
 
     def _micro_batches(self, batch: Batch, unit: float) -> Iterator[tuple[int, MicroBatch]]:
         for index in range(batch.tokens.shape[0]):
@@ -226,11 +246,12 @@ class Engine:
             self._nll.append((index, nll_BL))
             self._engine.backward(loss, scale_wrt_gas=False)
 
-    def _gathered(self, batch: Batch) -> Report:
+    def _gathered(self, batch: Batch, num_languages: int, extra: npt.NDArray[np.float64] | None) -> Report:
         """Sums per language over all ranks; only one rank per replica of the last stage contributes."""
-        languages = max(len(self._languages), int(batch.languages.max(initial=0)) + 1)
-        sums = torch.zeros(2, languages, dtype=torch.float64)
+        sums = torch.zeros(3, num_languages, dtype=torch.float64)
         if self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
+            if extra is not None:
+                sums[2] = torch.from_numpy(extra)
             for index, nll_BL in self._nll:
                 weights_BL = torch.from_numpy(batch.weights[index]).double()
                 where = torch.from_numpy(batch.languages[index]).long()
@@ -239,7 +260,7 @@ class Engine:
                 sums[0].index_add_(0, where, nll_B)
                 sums[1].index_add_(0, where, weights_BL.sum(1))
         dist.all_reduce(sums)
-        return Report(tuple(sums[0].tolist()), tuple(sums[1].tolist()))
+        return Report(*(tuple(row) for row in sums.tolist()))
 
     def _name(self, batch: Batch | None, report: Report | None) -> str:
         """The batch in words, for an error."""
@@ -341,7 +362,17 @@ class Engine:
             parameter.data.copy_(full)
 
     def _allocate_moments(self) -> None:
-        """Have every optimizer state exist: they are allocated in the first step, and this one changes nothing."""
-        if all(state for state in self._engine.basic_optimizer.state.values()) and self._engine.basic_optimizer.state:
-            return
-        raise NotImplementedError
+        """Have every optimizer state exist: DeepSpeed allocates it in the first step, so take one that changes nothing.
+
+        No target counts, so every gradient is zero, and the learning rate is zero too.
+        """
+        windows = (self.layout.pp if self.layout.virtual_stages > 1 else 1, 1)
+        length = self.layout.tp if self.layout.sequence_parallel else 1
+        nothing = Batch(
+            tokens=np.zeros((*windows, length + 1), np.int64),
+            weights=np.zeros((*windows, length), np.float32),
+            languages=np.zeros(windows, np.int32),
+            slots=np.full(windows, -1, np.int64),
+        )
+        self.forward_backward(nothing)
+        self.apply(0.0)

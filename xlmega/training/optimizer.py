@@ -60,9 +60,7 @@ def learning_rate(settings: OptimizerSettings, total_steps: int) -> LearningRate
     )
 
 
-def adamw(
-    settings: OptimizerSettings, parameters: Iterable[tuple[torch.nn.Parameter, bool]]
-) -> torch.optim.Optimizer:
+def adamw(settings: OptimizerSettings, parameters: Iterable[tuple[torch.nn.Parameter, bool]]) -> torch.optim.Optimizer:
     """torch's AdamW over (parameter, decays?) pairs; fused where torch can."""
     parameters = list(parameters)
     groups = [

@@ -109,8 +109,8 @@ def check_pair(runtime: Runtime, layout: Layout) -> None:
     """Refuse what this ZeRO stage, precision and layout cannot do together."""
     if runtime.zero_stage >= 2 and layout.pp > 1:
         raise ConfigError(
-            f"ZeRO-{runtime.zero_stage} with pp={layout.pp}: stages 2 and 3 give gradients away while the backward pass "
-            "runs, and a pipeline still adds to them. Use ZeRO-1 with pp, or pp=1 with a larger tp."
+            f"ZeRO-{runtime.zero_stage} with pp={layout.pp}: stages 2 and 3 give gradients away while the backward "
+            "pass runs, and a pipeline still adds to them. Use ZeRO-1 with pp, or pp=1 with a larger tp."
         )
     if runtime.zero_stage == 0 and runtime.precision != "fp32":
         raise ConfigError(

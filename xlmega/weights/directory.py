@@ -64,7 +64,7 @@ def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        _sync(part)
+        sync_folder(part)
         if output.exists():
             # A full directory cannot be renamed over: the old one steps aside first and goes last.
             old = output.with_name(output.name + ".old")
@@ -74,7 +74,7 @@ def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             part.rename(output)
-        _sync(output.parent)
+        sync_folder(output.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -114,7 +114,7 @@ def write_tensors(
     files = [folder / shard_name(index, len(shards)) for index in range(len(shards))]
     for path, names in zip(files, shards, strict=True):
         with path.open("wb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtype))
+            file.write(safetensors_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 given, tensor = next(tensors)
                 assert given == name and tuple(tensor.shape) == shapes[name], (given, tensor.shape, name, shapes[name])
@@ -278,7 +278,8 @@ def _plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shar
     return shards
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """What a safetensors file of these tensors, back to back in this order, begins with."""
     # The safetensors format: u64 length, JSON, data. Readers want the data aligned, so the JSON is padded to 8 bytes.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -326,7 +327,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"'{path}' is damaged: {error}.") from None
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Names made or moved in `folder` are on disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

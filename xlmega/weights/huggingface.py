@@ -50,7 +50,7 @@ from xlmega.weights.names import (
     xglm_scale,
     zero_heads,
 )
-from xlmega.weights.tokenizer_json import piece_scores, tokenizer_files
+from xlmega.weights.tokenizer_json import tokenizer_files
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 _THEIR_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -94,8 +94,7 @@ def export_huggingface(
         files.append(write_json(part / "generation_config.json", {"_from_model_config": True, **_markers(vocabulary)}))
         files.append(write_text(part / "README.md", model_card(config, dtype, card or {})))
         if vocabulary_folder is not None and vocabulary is not None:
-            scores = piece_scores(vocabulary_folder)
-            for name, value in tokenizer_files(vocabulary, scores, config.max_positions).items():
+            for name, value in tokenizer_files(vocabulary, config.max_positions).items():
                 files.append(write_json(part / name, value))
             files.extend(copy_folder(vocabulary_folder, part / "vocabulary"))
     return [output / path.relative_to(part) for path in files]

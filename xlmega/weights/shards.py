@@ -68,13 +68,10 @@ def _shard(
     stage: Decoder, name: str, parameter: torch.nn.Parameter, model: ModelConfig, tp_rank: int, tp_size: int
 ) -> Shard:
     local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself is empty
-    axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    cut = getattr(parameter, "tensor_model_parallel", False)
+    axis: int | None = parameter.partition_dim if cut else None  # type: ignore[attr-defined]
     is_copy = stage.head_copies_embedding and name == "output_layer.weight"
-    logical = EMBEDDING if is_copy else re.sub(
-        r"^decoder\.layers\.(\d+)\.",
-        lambda match: f"decoder.layers.{stage.decoder.first_layer + int(match[1])}.",
-        name,
-    )
+    logical = EMBEDDING if is_copy else _over_the_model(name, stage.decoder.first_layer)
     if axis is None:
         return Shard(logical, local_shape, None, 0, 0, local_shape, is_copy)
     size = local_shape[axis] * tp_size
@@ -86,3 +83,8 @@ def _shard(
     stop = min(start + local_shape[axis], size)
     shape = tuple(size if a == axis else n for a, n in enumerate(local_shape))
     return Shard(logical, shape, axis, start, stop, local_shape, is_copy)
+
+
+def _over_the_model(name: str, first_layer: int) -> str:
+    """A stage's parameter name with its layer counted over the whole model."""
+    return re.sub(r"^decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{first_layer + int(match[1])}.", name)

@@ -1,6 +1,6 @@
 """A vocabulary as the tokenizer.json that AutoTokenizer loads: tokenizers' Unigram over the same pieces and scores.
 
-In: a Vocabulary and its scores. Out: the content of tokenizer.json and tokenizer_config.json; only JSON is written, so
+In: a Vocabulary. Out: the content of tokenizer.json and tokenizer_config.json; only JSON is written, so
 neither tokenizers nor transformers is needed. Guaranteed: a text is cut into the same segments, whitespace and U+2581
 stay as they are, and marker names in a text ('<D>', '<0x0A>') are plain text, all as `Vocabulary.encode` has it.
 
@@ -11,8 +11,6 @@ but for rounding (in 'thethethe': het|he|th|e or th|e|thet|he), the ids can diff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from xlmega.text.vocabulary import SEGMENT_CHARACTERS, UNK_ID, Vocabulary
@@ -32,18 +30,19 @@ _SEGMENTS = "|".join(
 )
 
 
-def tokenizer_files(vocabulary: Vocabulary, scores: Sequence[float], max_positions: int) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json: Unigram with the vocabulary's own pieces and `scores` [size].
+def tokenizer_files(vocabulary: Vocabulary, max_positions: int) -> dict[str, Any]:
+    """tokenizer.json and tokenizer_config.json: Unigram with the vocabulary's own pieces and scores.
 
     Pieces are spelt with real spaces, so that nothing needs normalising and U+2581 is a character like any other.
     """
     markers = [vocabulary.piece(id) for id in range(FIRST_PIECE)]
     pieces = [vocabulary.text_of(id).decode() for id in range(FIRST_PIECE, vocabulary.size)]
+    scores = [vocabulary.score(id) for id in range(FIRST_PIECE, vocabulary.size)]
     # tokenizers would match '<0x0A>' or '<D>' in a text as such, SentencePiece never. Here such a piece costs more than
     # spelling it letter by letter, and letters that have no piece are cut out first: no piece can span them anyway.
     # (tokenizers' score of an unknown letter follows the lowest score. That decides nothing: each letter of a piece is
     # a piece itself, so to leave it unknown is never a choice.)
-    hidden = min(scores[FIRST_PIECE:]) * (1 + max(map(len, markers)))
+    hidden = min(scores) * (1 + max(map(len, markers)))
     without_piece = sorted(set("".join(markers)) - set(pieces))
     cuts = [_split(_SEGMENTS)] + ([_split(f"[{''.join(without_piece)}]")] if without_piece else [])
     special = {"unk_token": UNK_ID, "pad_token": vocabulary.pad_id, "eos_token": vocabulary.eod_id}
@@ -61,7 +60,7 @@ def tokenizer_files(vocabulary: Vocabulary, scores: Sequence[float], max_positio
             "type": "Unigram",
             "unk_id": UNK_ID,
             "vocab": [[marker, hidden] for marker in markers]
-            + [[piece, float(score)] for piece, score in zip(pieces, scores[FIRST_PIECE:], strict=True)],
+            + [[piece, score] for piece, score in zip(pieces, scores, strict=True)],
             "byte_fallback": True,
         },
     }
@@ -79,11 +78,3 @@ def tokenizer_files(vocabulary: Vocabulary, scores: Sequence[float], max_positio
 
 def _split(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def piece_scores(vocabulary_folder: Path) -> list[float]:
-    """The score (log probability) of each id, from SentencePiece's own file."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary_folder / "tokenizer.model"))
-    return [processor.get_score(id) for id in range(processor.get_piece_size())]
