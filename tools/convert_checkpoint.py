@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from xlmega.config import read_toml
 from xlmega.errors import CheckpointError, ConfigError, run_main
-from xlmega.weights.directory import DTYPES, MODEL_NAME, check_free, open_logical_directory, write_logical
-from xlmega.weights.huggingface import export_huggingface, open_huggingface, verify_huggingface
+from xlmega.training.checkpoint import open_source
+from xlmega.weights.directory import DTYPES, check_free, write_logical
+from xlmega.weights.huggingface import export_huggingface, verify_huggingface
 
 
 def main() -> None:
@@ -52,21 +52,6 @@ def main() -> None:
     print(
         f"wrote {args.output}: {len(files)} files, {size / 1e6:.1f} MB, {source.config.num_parameters():,} parameters"
     )
-
-
-def open_source(path: Path) -> Any:
-    """LogicalTensors with a `vocabulary_folder`, whatever kind of directory `path` is."""
-    if not path.is_dir():
-        raise CheckpointError(
-            f"there is no directory '{path}'. Give a run, checkpoint, Hugging Face or logical directory."
-        )
-    if (path / MODEL_NAME).is_file():
-        return open_logical_directory(path)
-    if (path / "config.json").is_file():
-        return open_huggingface(path)
-    from xlmega.training.checkpoint import open_run  # deepspeed and megatron are not for conversions that need neither
-
-    return open_run(path)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(known)}." if known else ""
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: a user's error becomes one message on stderr, never a trace."""
+def run_main(main: Callable[[], int | None], speaks: Callable[[XlmegaError], bool] = lambda error: True) -> None:
+    """Run a command's `main` and exit: a user's error becomes one message on stderr, never a trace.
+
+    `speaks` says whether this process is the one to print it, where several see the same error.
+    """
     try:
         sys.exit(main() or 0)
     except XlmegaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if speaks(error):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `tool | head` is not an error
         sys.exit(0)

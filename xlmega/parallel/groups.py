@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,10 @@ import torch.distributed as dist
 
 from xlmega.errors import ConfigError, RendezvousError
 from xlmega.parallel.layout import Layout
+
+# Megatron-core warns in every process that the optional packages are missing; the start-up line says what is used.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+warnings.filterwarnings("ignore", message="full scope is deprecated.*")
 
 
 @dataclass(frozen=True)

@@ -64,28 +64,15 @@ def _nearest_sizes(world_size: int, tp: int, pp: int) -> str:
     return " or ".join(f"tp={t} pp={p} (dp={world_size // (t * p)})" for t, p in options[:2])
 
 
-def num_micro_batches(layout: Layout, batch_windows: int, micro_batch_windows: int) -> int:
-    """Micro-batches of each data-parallel rank in a step; a LayoutError when the batch does not divide."""
-    per_round = layout.dp * micro_batch_windows
-    if micro_batch_windows < 1 or batch_windows % per_round:
-        works = divisors(batch_windows // layout.dp) if batch_windows % layout.dp == 0 else []
-        hint = (
-            f"With dp={layout.dp} the micro-batch may be {spell(works)}."
-            if works
-            else f"dp={layout.dp} does not divide it: try batch_windows={-(-batch_windows // per_round) * per_round}."
-        )
+def check_interleaving(layout: Layout, micro_batches: int) -> None:
+    """Refuse a number of micro-batches that the interleaved schedule cannot arrange."""
+    if layout.virtual_stages > 1 and micro_batches % layout.pp:
         raise LayoutError(
-            f"training.batch_windows={batch_windows} must be a multiple of dp={layout.dp} x "
-            f"train_micro_batch_size_per_gpu={micro_batch_windows}. {hint}"
+            f"virtual_stages={layout.virtual_stages} needs the micro-batches of a step to be a multiple of "
+            f"pp={layout.pp}, but there are {micro_batches}. Choose training.batch_windows and the DeepSpeed file's "
+            f"train_micro_batch_size_per_gpu so that batch / (dp={layout.dp} x micro-batch) is one, or drop "
+            "--virtual_stages."
         )
-    count = batch_windows // per_round
-    if layout.virtual_stages > 1 and count % layout.pp:
-        works = [m for m in divisors(batch_windows // layout.dp) if batch_windows // (layout.dp * m) % layout.pp == 0]
-        raise LayoutError(
-            f"the interleaved schedule needs the {count} micro-batches of a step to be a multiple of pp={layout.pp}. "
-            f"train_micro_batch_size_per_gpu may be {spell(works)}."
-        )
-    return count
 
 
 def divisors(number: int) -> list[int]:

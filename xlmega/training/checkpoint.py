@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from xlmega import config as tables
 from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig
-from xlmega.weights.directory import safetensors_header, sync_folder, write_json
+from xlmega.weights.directory import MODEL_NAME, open_logical_directory, safetensors_header, sync_folder, write_json
 from xlmega.weights.names import logical_shapes
 
 if TYPE_CHECKING:
@@ -322,6 +322,21 @@ def open_run(path: Path) -> Checkpoint:
             "training.save_every_steps and at the end."
         )
     return found
+
+
+def open_source(path: Path) -> Any:
+    """LogicalTensors with `vocabulary_folder` and `read_slice`, whatever kind of directory `path` is."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no directory '{path}'. Give a run, checkpoint, Hugging Face or logical directory."
+        )
+    if (path / MODEL_NAME).is_file():
+        return open_logical_directory(path)
+    if (path / "config.json").is_file():
+        from xlmega.weights.huggingface import open_huggingface  # transformers takes seconds to import
+
+        return open_huggingface(path)
+    return open_run(path)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -46,6 +46,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def device_name(device: torch.device) -> str:
+    """'NVIDIA H200' or 'CPU'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def extras_in_words() -> str:
+    """Which optional packages are used, for the start-up line."""
+    used = [name for name, there in specs.extras().items() if there]
+    return f"with {', '.join(used)}" if used else "with torch alone"
+
+
 @dataclass(frozen=True)
 class Report:
     """What a pass over a batch found, summed over all ranks."""
@@ -74,7 +85,6 @@ class Engine:
         optimizer: OptimizerSettings,
         *,
         device: torch.device,
-        sequence_length: int,
         micro_batches: int,
         recompute: str = "none",
         seed: int = 0,
@@ -82,7 +92,6 @@ class Engine:
     ):
         self.model, self.layout, self.runtime, self.device = model, layout, runtime, device
         self._optimizer_settings = optimizer
-        self._sequence_length = sequence_length
         self._languages = tuple(languages)
         dtype = DTYPES[runtime.precision]
         config = specs.transformer_config(model, layout, dtype=dtype, on_cpu=device.type == "cpu")
@@ -177,6 +186,11 @@ class Engine:
     def loss_scale(self) -> float:
         """The factor that keeps fp16 gradients in range; 1 in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self.runtime.precision == "fp16" else 1.0
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        if self.runtime.precision == "fp16":
+            self._engine.optimizer.loss_scaler.cur_scale = scale
 
     def _train(self, training: bool) -> None:
         for stage in self.stages:

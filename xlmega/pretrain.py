@@ -1,0 +1,118 @@
+"""Train a multilingual model: the entry that deepspeed, torchrun, srun, mpirun and plain python start.
+
+    deepspeed --num_gpus 4 xlmega/pretrain.py --ds_config ds_configs/zero1_bf16.json --recipe xglm_tiny \\
+        --set data.root=tokens/pydocs --tp 2 --pp 2 --output runs/first
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from xlmega import __version__
+from xlmega.errors import RendezvousError, XlmegaError, run_main
+from xlmega.parallel import groups
+from xlmega.parallel.layout import choose
+from xlmega.training.checkpoint import newest
+from xlmega.training.recipe import read_recipe
+from xlmega.training.run import Run, check_output, create_output, facts, first_weights, resolve, summary
+from xlmega.training.runtime import read_runtime
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is learnt")
+    what.add_argument("--recipe", required=True, help="name in xlmega/recipes or path of a TOML file")
+    what.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a key of the recipe")
+    how = parser.add_argument_group("how it is run")
+    how.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON: precision, ZeRO, micro-batch")
+    how.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    how.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
+    how.add_argument("--virtual_stages", type=int, default=1, help="model chunks per pipeline rank (interleaved)")
+    how.add_argument("--sequence_parallel", action="store_true")
+    how.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    how.add_argument("--rendezvous_timeout_seconds", type=float, default=600.0, help="how long ranks wait for each other")
+    how.add_argument("--master_port", type=int, help="where ranks meet; launchers have their own option")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--output", type=Path, required=True, help="run directory")
+    run.add_argument("--resume", action="store_true", help="go on where the run directory stands")
+    run.add_argument("--stop_at", type=int, default=0, metavar="STEP", help="save and end there, schedules unchanged")
+    run.add_argument("--dry_run", action="store_true", help="print what the run would be, and exit")
+    run.add_argument("--world_size", type=int, help="with --dry_run: plan for this many ranks")
+    run.add_argument("--wandb", default="", metavar="PROJECT", help="track in this wandb project (offline works)")
+    run.add_argument("--tensorboard", action="store_true")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    process = groups.discover(os.environ, master_port=args.master_port)
+    world_size = (args.world_size or max(process.world_size, args.tp * args.pp)) if args.dry_run else process.world_size
+    layout = choose(
+        world_size, tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages,
+        sequence_parallel=args.sequence_parallel,
+    )
+    run = resolve(
+        read_recipe(args.recipe, args.set), read_runtime(args.ds_config), layout, args.output,
+        recompute=args.recompute, stop_at=args.stop_at,
+    )
+    if args.dry_run:
+        print(summary(run))
+        return
+    check_output(run, resume=args.resume)
+    with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds) as device:
+        execute(run, process, device, args)
+
+
+def execute(run: Run, process: groups.Process, device: torch.device, args: argparse.Namespace) -> None:
+    """Build the engine, give it its weights and train: what every rank does once all are there."""
+    from xlmega.training import engine as engines  # deepspeed and megatron-core: 5 s that --dry_run does not need
+    from xlmega.training.loop import train
+    from xlmega.training.metrics import Metrics, peak_flops
+
+    speaker = process.rank == 0
+    say = functools.partial(print, flush=True) if speaker else lambda text: None
+    if speaker:
+        create_output(run)
+    say(f"xlmega {__version__}: {run.layout.describe()}, ZeRO-{run.runtime.zero_stage}, {run.runtime.precision}, on "
+        f"{engines.device_name(device)} started by {process.launcher}; {engines.extras_in_words()}")
+    recipe = run.recipe
+    engine = engines.Engine(
+        recipe.model, run.layout, run.runtime, recipe.optimizer, device=device,
+        micro_batches=run.micro_batches, recompute=run.recompute, seed=recipe.training.seed, languages=run.languages,
+    )
+    found = newest(run.output, say) if args.resume else None
+    if found:
+        engine.write_state(found, {kind: found.moment(kind) for kind in engines.MOMENTS}, found.step)
+        engine.loss_scale = found.manifest["loss_scale"]
+        say(f"resuming from step {found.step} of '{found.folder}'")
+    else:
+        engine.write_state(first_weights(recipe))
+        say(f"starting from {recipe.init.weights or f'seed {recipe.training.seed}'}")
+    first_step = found.step if found else 0
+    if first_step >= run.stop_at:
+        say(f"nothing to do: step {first_step} is reached, and the run ends at {run.stop_at}")
+        return
+    metrics = Metrics(
+        run.output, first_step=first_step, total_steps=recipe.training.total_steps,
+        log_every_steps=recipe.training.log_every_steps,
+        flops_per_token=recipe.model.flops_per_token(recipe.data.sequence_length),
+        peak=peak_flops(engines.device_name(device), run.layout.world_size),
+        wandb_project=args.wandb, tensorboard=args.tensorboard, settings=facts(run),
+    ) if speaker else None
+    with metrics or contextlib.nullcontext():
+        train(run, engine, metrics, first_step)
+    say(f"done: step {run.stop_at} of {recipe.training.total_steps}; metrics and checkpoints are in '{run.output}'")
+
+
+def speaks(error: XlmegaError) -> bool:
+    """One rank of a node tells of an error that all see; who misses whom at the rendezvous, each tells."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RendezvousError)
+
+
+if __name__ == "__main__":
+    run_main(main, speaks)

@@ -1,0 +1,199 @@
+"""What a run tells: a progress line, `metrics.jsonl`, and wandb or TensorBoard when asked.
+
+In come one record a step and one an evaluation; out go JSON objects, one a line, at full precision. Only rank 0 makes a
+Metrics. On resume the lines of steps that will be run again are taken out, so that each step stands there once.
+The only file that may import wandb.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from xlmega.errors import ConfigError
+from xlmega.training.validation import Score, total
+
+# Dense bf16 matmul peak in TFLOP/s by device name, from the vendors' data sheets (FIELD §C1).
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "V100": 125.0}
+
+
+def peak_flops(device_name: str, devices: int) -> float | None:
+    """Dense peak of so many devices in FLOP/s, where it is known."""
+    known = [tera for name, tera in PEAK_TFLOPS.items() if name in device_name.replace("-", " ").split()]
+    return known[0] * 1e12 * devices if known else None
+
+
+class Metrics:
+    """Writes what a run tells; use as a context manager."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        log_every_steps: int,
+        flops_per_token: float,
+        peak: float | None,
+        wandb_project: str = "",
+        tensorboard: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self._total_steps, self._log_every = total_steps, log_every_steps
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._first_step = first_step
+        self._trackers: list[Any] = []
+        path = run / "metrics.jsonl"
+        _drop_after(path, first_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        if wandb_project:
+            self._trackers.append(_Wandb(wandb_project, run, settings or {}))
+        if tensorboard:
+            self._trackers.append(_TensorBoard(run))
+        self._terminal = sys.stdout.isatty()
+        self._open_line = False
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_line()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        """One update; `step` counts updates done. The record has loss, learning_rate, gradient_norm, seconds, ..."""
+        self._write({"step": step, **record})
+        last = step == self._total_steps
+        if self._terminal or step % self._log_every == 0 or last or step == self._first_step + 1:
+            self._progress(step, record, keep=step % self._log_every == 0 or last)
+
+    def validation(self, step: int, name: str, scores: Mapping[str, Score], seconds: float) -> None:
+        """One evaluation of one named set."""
+        whole = total(dict(scores))
+        by_language = {language: score.table() for language, score in scores.items()}
+        self._write({
+            "step": step, "validation": name, **whole.table(), "by_language": by_language, "seconds": seconds
+        })
+        self._end_line()
+        figures = "  ".join(f"{name} {score.nats_per_token:.3f}/{score.bits_per_byte:.3f}" for name, score in
+                            scores.items())
+        print(f"validation '{name}' at step {step}, nats/token and bits/byte: "
+              f"all {whole.nats_per_token:.4f}/{whole.bits_per_byte:.4f}  {figures}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own on stdout."""
+        self._end_line()
+        print(text, flush=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def _progress(self, step: int, record: Mapping[str, Any], keep: bool) -> None:
+        rate = record["tokens_per_second"]
+        left = (time.monotonic() - self._started) / max(1, step - self._first_step) * (self._total_steps - step)
+        parts = [f"step {step}/{self._total_steps}", f"loss {record['loss']:.4f}"]
+        languages = record["loss_by_language"]
+        shown = sorted(languages.items(), key=lambda item: -record["tokens_by_language"][item[0]])[:6]
+        parts.append(" ".join(f"{name} {loss:.2f}" for name, loss in shown) + (" .." if len(languages) > 6 else ""))
+        parts += [f"lr {record['learning_rate']:.2e}", f"grad {record['gradient_norm']:.3f}", f"{rate:,.0f} tok/s"]
+        if self._peak:
+            parts.append(f"{100 * rate * self._flops_per_token / self._peak:.1f} % of peak")
+        parts.append(f"{_duration(left)} left")
+        line = " | ".join(parts)
+        if self._terminal:
+            columns = os.get_terminal_size().columns
+            print("\r" + line[: columns - 1].ljust(columns - 1), end="", flush=True)
+            self._open_line = True
+            if keep:
+                self._end_line()
+        else:
+            print(line, flush=True)
+
+    def _end_line(self) -> None:
+        if self._open_line:
+            print(flush=True)
+            self._open_line = False
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Take out the lines of steps after `step`, and a last line that a killed run left half-written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] < step or (record["step"] == step and (step or "validation" not in record)):
+            kept.append(line + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a record under slashed names: train/loss, train/loss/fr, validation/valid/fr/bits_per_byte."""
+    head = f"validation/{record['validation']}" if "validation" in record else "train"
+    flat: dict[str, float] = {}
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{path}/{key}".replace("/by_language", "").replace("_by_language", ""), inner)
+        elif isinstance(value, (int, float)):
+            flat[path] = float(value)
+
+    for key, value in record.items():
+        if key not in ("step", "validation"):
+            add(f"{head}/{key}".replace("/by_language", "").replace("_by_language", ""), value)
+    return flat
+
+
+class _Wandb:
+    def __init__(self, project: str, run: Path, settings: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("--wandb needs the package wandb: pip install -e .[track]") from None
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=dict(settings), mode=mode)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._run.log(_flat(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("--tensorboard needs the package tensorboard: pip install -e .[track]") from None
+        self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for name, value in _flat(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
