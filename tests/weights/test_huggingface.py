@@ -25,6 +25,7 @@ from xlmega.weights.huggingface import (
     SAMPLES,
     export_huggingface,
     open_huggingface,
+    sample_text,
     tokenizer_files,
     verify_huggingface,
 )
@@ -342,6 +343,13 @@ def test_the_tokenizer_gives_our_ids_for_real_text(trained_on: str, made_vocabul
     assert len(texts) > 200
     for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
         assert ids == ours.encode(text), text[:80]
+
+
+def test_a_sample_is_a_function_of_its_seed_and_leaves_the_global_generator_alone(tokenized: Path) -> None:
+    before = torch.get_rng_state()
+    drawn = [sample_text(tokenized, ["tel ", ""], max_new_tokens=8, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 2
 
 
 def test_the_directory_says_what_it_is(tokenized: Path) -> None:

@@ -127,6 +127,7 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
         torch.cuda.set_device(device)
     for name, value in (("RANK", process.rank), ("WORLD_SIZE", process.world_size), ("LOCAL_RANK", process.local_rank)):
         os.environ[name] = str(value)  # DeepSpeed reads them whatever the launcher
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of communication counts on it
     store = _roll_call(process, timeout_seconds)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",

@@ -445,3 +445,35 @@ def _written_into(config: ModelConfig) -> list[str]:
             f"{config.num_heads + zero_heads(config)} heads are all-zero: they add nothing, and gradients keep them so."
         )
     return ["", "## Differences from the trained weights", "", *(f"- {line}" for line in found)] if found else []
+
+
+def sample_text(
+    export: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+) -> list[str]:
+    """How the exported model goes on after each prompt at a document's beginning; transformers does it all."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export, local_files_only=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, local_files_only=True)
+    texts = []
+    with torch.random.fork_rng(devices=[]):  # transformers samples with the global generator
+        for prompt in prompts:
+            torch.manual_seed(seed)
+            ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]])
+            found = model.eval().generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=temperature,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+            )
+            texts.append(str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)))
+    return texts
