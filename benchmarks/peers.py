@@ -4,8 +4,7 @@ In come a `Workload` and a micro-batch; out goes a function that takes one whole
 Guaranteed the same for all: bf16 weights, fp32 master copies, gradients accumulated in fp32, clipping at 1.0, torch's
 fused AdamW, tied embeddings, no dropout, the same windows in the same order.
 
-Peers: a bare loop over xlmega's own decoder; Megatron-core's GPTModel with its local spec and its own vocabulary-parallel
-loss; Hugging Face XGLM with its default attention; and a minimal decoder in the manner of nanoGPT.
+Peers: a bare loop over xlmega's own decoder; Megatron-core's GPTModel with its local spec and its own loss; Hugging Face XGLM with its default attention; and a minimal decoder in the manner of nanoGPT.
 
 Shape letters: B windows, L positions, D hidden_size, H heads, K head_dim, V vocabulary.
 """
@@ -67,7 +66,7 @@ class MasterAdamW:
     def __init__(self, module: torch.nn.Module):
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.weights]
-        for master, weight in zip(self.masters, self.weights):
+        for master, weight in zip(self.masters, self.weights, strict=True):
             master.grad = torch.zeros_like(master)
             weight.register_post_accumulate_grad_hook(self._adder(master.grad))
         decayed = [m for m in self.masters if m.dim() > 1]
@@ -163,7 +162,13 @@ def xlmega(work: Workload, micro: int) -> Iterator[Step]:
     count = work.batch_windows // micro
     with _one_rank() as (layout, device):
         engine = Engine(
-            model, layout, runtime(how), settings, device=device, sequence_length=work.sequence_length, micro_batches=count
+            model,
+            layout,
+            runtime(how),
+            settings,
+            device=device,
+            sequence_length=work.sequence_length,
+            micro_batches=count,
         )
         engine.write_state(InitialWeights(model, 0, {shard.name: shard.shape for shard, _ in engine.shards}))
 

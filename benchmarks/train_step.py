@@ -32,7 +32,8 @@ LARGE_VOCABULARY = {
     "batch_windows": 2,
     "sequence_length": 1024,
 }
-TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 256, "num_heads": 4, "vocab_size": 509, "sequence_length": 64}
+TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 256, "num_heads": 4}
+TINY.update(vocab_size=509, sequence_length=64)
 
 
 class Worker:
@@ -110,7 +111,8 @@ def work_as_told(name: str, micro: int, sizes: dict[str, int]) -> None:
         return
     if name.startswith("once_"):
         for order in orders():
-            reply(None if order == ["ready"] else {"loss": peers.forward_backward(name[5:], work), "peak": peak_megabytes()})
+            loss = 0.0 if order == ["ready"] else peers.forward_backward(name[5:], work)
+            reply({"loss": loss, "peak": peak_megabytes()})
         return
     with peers.CONTENDERS[name](work, micro) as step:
         index = 0
@@ -195,14 +197,14 @@ def table(results: dict[str, dict[str, Any]], step_tokens: int, step_flops: floa
         seconds = statistics.median(found["seconds"])
         ratio = "-"
         if own:
-            found["ratio"] = statistics.median(theirs / ours for theirs, ours in zip(found["seconds"], own))
+            found["ratio"] = statistics.median(theirs / ours for theirs, ours in zip(found["seconds"], own, strict=True))
             ratio = f"{found['ratio']:.2f} x"
         found["share"] = step_flops / seconds / rate
         lines.append(
             f"| {name} | {found['micro_batch']} | {seconds:.3f} | {step_tokens / seconds:,.0f} | {found['share']:.0%} "
             f"| {found['peak_megabytes']:,.0f} | {ratio} |"
         )
-    lines.append(f"\nbf16 product of 2048 x 2048: {rate / 1e12:.2f} TFLOP/s. Model: {step_flops / 1e12:.3f} TFLOP a step.")
+    lines.append(f"\nbf16 product of 2048 x 2048: {rate / 1e12:.2f} TFLOP/s; a step is {step_flops / 1e12:.3f} TFLOP.")
     return "\n".join(lines)
 
 
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=0, help="the same for all; 0: the fastest for each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip_large_vocabulary", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder for train_step.json")
+    parser.add_argument("--output", type=Path, default=Path(), help="folder for train_step.json")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--micro", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", default="{}", help=argparse.SUPPRESS)

@@ -62,6 +62,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def meet(folder: Path, name: str, rank: int) -> int:
+    """A port for the ranks of the group `name`: rank 0 finds a free one when the group forms and tells by a file."""
+    told = folder / f"{name}.port"
+    if rank == 0:
+        part = told.with_suffix(".part")
+        part.write_text(str(free_port()))
+        part.replace(told)
+    while not told.exists():
+        time.sleep(0.01)
+    return int(told.read_text())
+
+
 def forget_groups() -> None:
     """Let the next group of this process start afresh: DeepSpeed and Megatron-core keep groups in module variables."""
     import deepspeed.comm.comm as comm

@@ -8,12 +8,13 @@ without the table's path, which is put in front here.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 T = TypeVar("T")
+_BAD = object()
+"""Stands for a value that could not be read; what is wrong with it has been noted."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -33,13 +36,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no recipe at '{path}'.") from None
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read as a TOML file: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid TOML: {error}.") from None
 
 
 def with_overrides(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`table` with each 'a.b=value' put in; the value is read as TOML and, failing that, as a plain string."""
-    result: dict[str, Any] = json.loads(json.dumps(table))
+    result: dict[str, Any] = copy.deepcopy(dict(table))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -58,7 +63,7 @@ def parse_value(text: str) -> Any:
     """A command line's value: TOML where it parses ('3', '1e-3', 'true', '["en", "fr"]'), else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # TOMLDecodeError is one; a number of 5000 digits is another
         return text
 
 
@@ -66,22 +71,9 @@ def build(cls: type[T], table: Mapping[str, Any], *, what: str = "recipe") -> T:
     """The frozen dataclass `cls` from a table; one ConfigError that lists every problem when there are any."""
     found: list[str] = []
     value = _dataclass(cls, table, "", found, what)
-    if not found:
-        found.extend(f"{what}: {line}" for line in rules(value))
     if found:
         raise ConfigError(found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} problems:", *found]))
     return typing.cast(T, value)
-
-
-def rules(value: Any, path: str = "") -> Iterator[str]:
-    """What `value` and the dataclasses inside it find wrong with themselves, each line with its table's path."""
-    for field in dataclasses.fields(value):
-        inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
-            yield from rules(inner, f"{path}{field.name}.")
-    check = getattr(value, "problems", None)
-    if check is not None:
-        yield from (f"{path}{line}" for line in check())
 
 
 def to_table(value: Any) -> dict[str, Any]:
@@ -92,7 +84,7 @@ def to_table(value: Any) -> dict[str, Any]:
 def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) -> Any:
     if not isinstance(table, Mapping):
         found.append(f"{what}: '{path.rstrip('.')}' is a table of keys, but {table!r} was given.")
-        return None
+        return _BAD
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in table:
@@ -108,7 +100,13 @@ def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) ->
         and field.default_factory is dataclasses.MISSING
     ]
     found.extend(f"{what} must set '{path}{name}'." for name in missing)
-    return None if found else cls(**values)
+    if missing or any(value is _BAD for value in values.values()):
+        return _BAD
+    result = cls(**values)
+    check = getattr(result, "problems", None)
+    if check is not None:  # rules between the fields of a table whose values are all of their types
+        found.extend(f"{what}: {path}{line}" for line in check())
+    return result
 
 
 def _value(hint: Any, value: Any, path: str, found: list[str], what: str) -> Any:
@@ -116,9 +114,14 @@ def _value(hint: Any, value: Any, path: str, found: list[str], what: str) -> Any
         return _dataclass(typing.cast(type, hint), value, f"{path}.", found, what)
     try:
         return _convert(hint, value)
-    except (TypeError, ValueError):
-        found.append(f"{what}: '{path}' must be {_spell(hint)}, but {value!r} was given.")
-        return None
+    except (TypeError, ValueError, OverflowError):
+        found.append(f"{what}: '{path}' must be {_spell(hint)}, but {_shown(value)} was given.")
+        return _BAD
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _convert(hint: Any, value: Any) -> Any:

@@ -16,6 +16,8 @@ class XlmegaError(Exception):
     """Root of the family."""
 
     exit_code = 2
+    of_one_rank = False
+    """Only the process that raises it knows of it, so it speaks whichever rank it is."""
 
 
 class ConfigError(XlmegaError):
@@ -44,6 +46,7 @@ class RendezvousError(XlmegaError):
     """The ranks of a run did not come together in time."""
 
     exit_code = 4
+    of_one_rank = True
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

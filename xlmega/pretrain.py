@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 
 from xlmega import __version__
-from xlmega.errors import RendezvousError, XlmegaError, run_main
+from xlmega.errors import ConfigError, DataError, XlmegaError, run_main
 from xlmega.parallel import groups
 from xlmega.parallel.layout import choose
 from xlmega.training.checkpoint import newest
+from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
-from xlmega.training.run import Run, check_output, create_output, facts, first_weights, resolve, summary
+from xlmega.training.run import (
+    Run, check_output, create_output, data_damage, facts, first_weights, resolve, summary,
+)
 from xlmega.training.runtime import read_runtime
 
 
@@ -50,8 +53,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.world_size is not None and not args.dry_run:
+        raise ConfigError("--world_size plans a --dry_run; the ranks of a real run are counted by its launcher.")
+    if not 0 < args.rendezvous_timeout_seconds < 1e8:
+        raise ConfigError(f"--rendezvous_timeout_seconds {args.rendezvous_timeout_seconds} is not a time to wait.")
+    check_trackers(wandb=bool(args.wandb), tensorboard=args.tensorboard)
     process = groups.discover(os.environ, master_port=args.master_port)
-    world_size = (args.world_size or max(process.world_size, args.tp * args.pp)) if args.dry_run else process.world_size
+    world_size = process.world_size
+    if args.dry_run:
+        world_size = max(world_size, args.tp * args.pp) if args.world_size is None else args.world_size
     layout = choose(
         world_size, tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages,
         sequence_parallel=args.sequence_parallel,
@@ -61,6 +71,7 @@ def main() -> None:
         recompute=args.recompute, stop_at=args.stop_at,
     )
     if args.dry_run:
+        first_weights(run.recipe)
         print(summary(run))
         return
     check_output(run, resume=args.resume)
@@ -70,28 +81,34 @@ def main() -> None:
 
 def execute(run: Run, process: groups.Process, device: torch.device, args: argparse.Namespace) -> None:
     """Build the engine, give it its weights and train: what every rank does once all are there."""
+    from xlmega.models.specs import extras_in_words
     from xlmega.training import engine as engines  # deepspeed and megatron-core: 5 s that --dry_run does not need
     from xlmega.training.loop import train
     from xlmega.training.metrics import Metrics, peak_flops
 
     speaker = process.rank == 0
     say = functools.partial(print, flush=True) if speaker else lambda text: None
+    # What can still be refused comes first: a run directory that was made is occupied.
+    damaged = [words for words in groups.words_of_all(data_damage(run, process.rank, run.layout.world_size)) if words]
+    if damaged:
+        raise DataError(damaged[0])
+    found = newest(run.output, say) if args.resume else None
+    weights = None if found else first_weights(run.recipe)
     if speaker:
         create_output(run)
     say(f"xlmega {__version__}: {run.layout.describe()}, ZeRO-{run.runtime.zero_stage}, {run.runtime.precision}, on "
-        f"{engines.device_name(device)} started by {process.launcher}; {engines.extras_in_words()}")
+        f"{engines.device_name(device)} started by {process.launcher}; {extras_in_words()}")
     recipe = run.recipe
     engine = engines.Engine(
         recipe.model, run.layout, run.runtime, recipe.optimizer, device=device,
         micro_batches=run.micro_batches, recompute=run.recompute, seed=recipe.training.seed, languages=run.languages,
     )
-    found = newest(run.output, say) if args.resume else None
     if found:
         engine.write_state(found, {kind: found.moment(kind) for kind in engines.MOMENTS}, found.step)
         engine.loss_scale = found.manifest["loss_scale"]
         say(f"resuming from step {found.step} of '{found.folder}'")
-    else:
-        engine.write_state(first_weights(recipe))
+    elif weights:
+        engine.write_state(weights)
         say(f"starting from {recipe.init.weights or f'seed {recipe.training.seed}'}")
     first_step = found.step if found else 0
     if first_step >= run.stop_at:
@@ -110,8 +127,8 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
 
 
 def speaks(error: XlmegaError) -> bool:
-    """One rank of a node tells of an error that all see; who misses whom at the rendezvous, each tells."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RendezvousError)
+    """One rank of a node tells of an error that all see; what one rank alone knows, it tells itself."""
+    return groups.local_rank(os.environ) == 0 or error.of_one_rank
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"name": "zero0", "zero": 0},
     {"name": "zero2", "zero": 2},
     {"name": "zero3", "zero": 3},
+    {"name": "zero2_offload", "zero": 2, "zero_settings": {"offload_optimizer": {"device": "cpu"}}},
+    {"name": "dp2_zero3_offload", "dp": 2, "zero": 3, "zero_settings": {"offload_optimizer": {"device": "cpu"}}},
     {"name": "tp2", "tp": 2},
     {"name": "tp2_sp", "tp": 2, "sp": True},
     {"name": "pp2", "pp": 2},
@@ -61,7 +63,7 @@ class World:
 
     def __init__(self, preset: str, folder: Path):
         cases = [SINGLE, *LAYOUTS, *([BROKEN] if preset == PRESETS[0] else [])]
-        cases = [{**case, "preset": preset, "port": worlds.free_port()} for case in cases]
+        cases = [{**case, "preset": preset} for case in cases]
         # Largest first: then all ranks of a case have run the same cases before. ZeRO-3 numbers modules per process.
         cases.sort(key=lambda case: -trained.world_size(case))
         self.folder = folder

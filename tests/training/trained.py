@@ -35,7 +35,7 @@ def world_size(case: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def engine_of(case: dict[str, Any], rank: int) -> Iterator[Engine]:
+def engine_of(case: dict[str, Any], rank: int, folder: Path) -> Iterator[Engine]:
     """The case's engine with initial weights, in a group of the world's first ranks."""
     size = world_size(case)
     chosen = layout.choose(
@@ -55,7 +55,7 @@ def engine_of(case: dict[str, Any], rank: int) -> Iterator[Engine]:
     check_pair(how, chosen)
     torch.set_num_threads(1)
     worlds.forget_groups()
-    process = groups.Process(rank, size, rank, "127.0.0.1", case["port"], "test")
+    process = groups.Process(rank, size, rank, "127.0.0.1", worlds.meet(folder, case["name"], rank), "test")
     with groups.joined(process, chosen, timeout_seconds=300) as device:
         engine = Engine(
             model, chosen, how,
@@ -129,7 +129,7 @@ def run_cases(rank: int, folder: Path, cases: list[dict[str, Any]]) -> dict[str,
     for case in cases:
         if rank >= world_size(case):
             continue
-        with engine_of(case, rank) as engine:
+        with engine_of(case, rank, folder) as engine:
             figures = train(engine, range(1), rank)
             np.savez(folder / f"{case['name']}.gradient.{rank}.npz", **pieces(engine, MOMENTS[0]))
             figures += train(engine, range(1, 5), rank)

@@ -186,8 +186,10 @@ def open_corpus(root: Path, split: str) -> dict[str, IndexedTokens]:
     if split not in known:
         raise DataError(f"'{root}' has no split '{split}'; it has {', '.join(known) or 'none'}.")
     corpus = {}
-    for file in sorted((root / split).glob("*.idx"), key=lambda file: file.name[: -len(".idx")]):
-        language = file.name[: -len(".idx")]
+    # A language is here when its manifest or its index is: one that lost either is an error, not left out of the blend.
+    files = [file for file in (root / split).iterdir() if file.suffix in (".idx", ".json")]
+    for language in sorted({file.name.removesuffix(file.suffix) for file in files}):
+        file = root / split / f"{language}.idx"
         corpus[language] = tokens = open_tokens(root / split / language)
         if tokens.manifest.language != language:
             raise DataError(

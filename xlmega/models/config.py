@@ -54,8 +54,13 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "head_dim", "max_positions"):
             if getattr(self, name) < 1:
                 yield f"{name} must be at least 1, but is {getattr(self, name)}."
-        if self.positions == "sinusoidal" and self.hidden_size % 2:
-            yield f"hidden_size must be even with sinusoidal positions, but is {self.hidden_size}."
+        if self.positions == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
+            yield f"hidden_size must be even and at least 4 with sinusoidal positions, but is {self.hidden_size}."
+        for name in ("embedding_scale", "layernorm_epsilon"):
+            if getattr(self, name) <= 0.0:
+                yield f"{name} must be positive, but is {getattr(self, name)}."
+        if self.init_std < 0.0:
+            yield f"init_std must not be negative, but is {self.init_std}."
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 yield f"{name} must be in [0, 1), but is {getattr(self, name)}."
@@ -145,12 +150,17 @@ def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
     preset = table.get("preset", "")
     if not preset:
         return dict(table)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"model.preset '{preset}' is not known.{nearest(str(preset), PRESETS)}")
     base = PRESETS[preset]()
     result = {**base, **table}
     sizes = result["hidden_size"], result["num_heads"]
     if ("hidden_size" in table or "num_heads" in table) and all(isinstance(x, int) and x > 0 for x in sizes):
+        if "head_dim" not in table and sizes[0] % sizes[1]:
+            raise ConfigError(
+                f"model.num_heads={sizes[1]} does not divide hidden_size={sizes[0]}, so there is no head_dim to derive."
+                f" num_heads may be {spell(divisors(sizes[0])[:16])}; or give model.head_dim yourself."
+            )
         result["head_dim"] = table.get("head_dim", sizes[0] // sizes[1])
         if base["embedding_scale"] != 1.0:
             result["embedding_scale"] = table.get("embedding_scale", math.sqrt(sizes[0]))

@@ -110,7 +110,7 @@ class Block(MegatronModule):
         self.first_layer = chunk * count
         """Number of layers before this stage, over the whole model."""
         self.layers = torch.nn.ModuleList(
-            build_module(layer_spec(), config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
+            build_module(layer_spec(config), config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
             for k in range(count)
         )
         self.final_layernorm = (

@@ -50,7 +50,8 @@ def dropout(
         keep_mask((total, width), p, place, slot, hidden_LBD.device)[first_position : first_position + positions]
         for slot in _slots
     ]
-    return hidden_LBD * (torch.stack(masks, dim=1).to(hidden_LBD.dtype) / (1.0 - p))
+    # The factor is a Python number: as a bf16 tensor 1 / 0.9 would be 0.16 % too small, the same for every value.
+    return hidden_LBD * (1.0 / (1.0 - p)) * torch.stack(masks, dim=1)
 
 
 def keep_mask(shape: tuple[int, ...], p: float, place: str, slot: int, device: torch.device) -> torch.Tensor:

@@ -74,7 +74,10 @@ BLOCK_POSITIONS = 128
 @contextlib.contextmanager
 def _fp32_from_bf16() -> Iterator[None]:
     """Products of fp32 tensors run on the bf16 units: exact where every entry is a bf16 number, at twice the speed."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch before 2.9 has no such switch
+    if matmul is None:
+        yield
+        return
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
@@ -109,10 +112,10 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks = _Blocks(query)
         with _fp32_from_bf16():
             for window, some in blocks.groups():
-                query_HLK, key_HLK = _heads(query, window, some).float(), _heads(key, window, some).float()
+                query_HLK, key_HKL = _heads(query, window, some).float(), _columns(key, window, some)
                 value_HLK = _heads(value, window, some)
                 for rows in blocks.rows():
-                    scores = blocks.scores(query_HLK, key_HLK, rows)
+                    scores = blocks.scores(query_HLK, key_HKL, rows)
                     top = scores.amax(-1, keepdim=True)
                     scores.sub_(top).exp2_()
                     total = scores.sum(-1, keepdim=True)
@@ -126,25 +129,23 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value, output, log_sum_BHL = ctx.saved_tensors
         blocks = _Blocks(query)
-        # One tensor for the three, as their linear layer gave them: its gradient is then put together without copies.
-        d_query, d_key, d_value = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+        d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
         with _fp32_from_bf16():
             for window, some in blocks.groups():
                 query_HLK, key_HLK = _heads(query, window, some), _heads(key, window, some)
-                query_32, key_32 = query_HLK.float(), key_HLK.float()
-                value_32 = _heads(value, window, some).float()
+                query_32 = query_HLK.float()
+                key_HKL, value_HKL = _columns(key, window, some), _columns(value, window, some)
                 d_HLK = _heads(gradients[0], window, some)
                 d_32 = d_HLK.float()
                 delta_HL1 = (d_32 * _heads(output, window, some)).sum(-1, keepdim=True)
-                d_key_HLK, d_value_HLK = torch.zeros_like(key_32), torch.zeros_like(key_32)
+                d_key_HLK, d_value_HLK = torch.zeros_like(query_32), torch.zeros_like(query_32)
                 for rows in blocks.rows():
                     seen = slice(0, rows.stop)
-                    scores = blocks.scores(query_32, key_32, rows)
+                    scores = blocks.scores(query_32, key_HKL, rows)
                     weights = scores.sub_(log_sum_BHL[window, some, rows, None]).exp2_()
-                    d_scores = torch.bmm(d_32[:, rows], value_32[:, seen].mT, out=blocks.second(scores))
+                    d_scores = torch.bmm(d_32[:, rows], value_HKL[:, :, seen], out=blocks.second(scores))
                     d_scores.sub_(delta_HL1[:, rows]).mul_(weights)
-                    low = blocks.low(weights)
-                    d_value_HLK[:, seen] += torch.bmm(low.mT, d_HLK[:, rows])
+                    d_value_HLK[:, seen] += torch.bmm(blocks.low(weights).mT, d_HLK[:, rows])
                     low = blocks.low(d_scores)
                     d_key_HLK[:, seen] += torch.bmm(low.mT, query_HLK[:, rows])
                     d_rows = torch.bmm(low, key_HLK[:, seen])
@@ -178,12 +179,12 @@ class _Blocks:
         for start in range(0, self.length, self.step):
             yield slice(start, min(start + self.step, self.length))
 
-    def scores(self, query_HLK: torch.Tensor, key_HLK: torch.Tensor, rows: slice) -> torch.Tensor:
+    def scores(self, query_HLK: torch.Tensor, key_HKL: torch.Tensor, rows: slice) -> torch.Tensor:
         """fp32 scores of these queries with all keys up to the last of them, times log2(e); -inf for the future."""
         count = rows.stop - rows.start
         scores = self._scores[: len(query_HLK) * count * rows.stop].view(-1, count, rows.stop)
-        keys = key_HLK[:, : rows.stop].mT
-        torch.baddbmm(scores, query_HLK[:, rows], keys, beta=0, alpha=self.scale * LOG2_E, out=scores)
+        keys_HKl = key_HKL[:, :, : rows.stop]
+        torch.baddbmm(scores, query_HLK[:, rows], keys_HKl, beta=0, alpha=self.scale * LOG2_E, out=scores)
         scores[:, :, rows] += self._future[:count, :count]
         return scores
 
@@ -199,6 +200,11 @@ class _Blocks:
 def _heads(tensor: torch.Tensor, window: int, some: slice) -> torch.Tensor:
     """[L, B, H, K] to [some of H, L, K] of one window, contiguous."""
     return tensor[:, window, some].transpose(0, 1).contiguous()
+
+
+def _columns(tensor: torch.Tensor, window: int, some: slice) -> torch.Tensor:
+    """[L, B, H, K] to fp32 [some of H, K, L] of one window, contiguous: torch copies what it multiplies otherwise."""
+    return tensor[:, window, some].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 class CausalAttention(MegatronModule):
@@ -217,7 +223,7 @@ class CausalAttention(MegatronModule):
         drops_out = bool(self.config.attention_dropout and dropout.announced()[1] is not None)
         on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
         if on_cpu and not drops_out and _kernel_is_slow():
-            return _BlockwiseAttention.apply(query, key, value).flatten(2)
+            return _BlockwiseAttention.apply(query, key, value).flatten(2)  # type: ignore[no-any-return]
         query_BHLK, key_BHLK, value_BHLK = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if drops_out:
             mixed_BHLK = self._with_dropout(query_BHLK, key_BHLK, value_BHLK)

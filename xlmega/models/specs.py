@@ -28,13 +28,17 @@ from xlmega.parallel.layout import Layout
 
 
 @functools.lru_cache
-def extras() -> dict[str, bool]:
-    """Which optional accelerators this process will use, for the start-up line."""
-    gpu = torch.cuda.is_available()
-    return {
-        "transformer-engine": gpu and importlib.util.find_spec("transformer_engine") is not None,
-        "apex": gpu and importlib.util.find_spec("apex") is not None,
-    }
+def has_transformer_engine() -> bool:
+    """Whether attention is Transformer Engine's: it is installed, and there is a GPU for it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def extras_in_words() -> str:
+    """What the optional packages do in this process, for the start-up line."""
+    words = ["attention of transformer-engine" if has_transformer_engine() else "attention of torch"]
+    if importlib.util.find_spec("apex") is not None:
+        words.append("apex found (torch's fused AdamW and layer norm do its work)")
+    return ", ".join(words)
 
 
 def transformer_config(
@@ -81,13 +85,13 @@ def transformer_config(
 _ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One pre-norm decoder layer."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=_core_attention(), linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear, core_attention=_core_attention(config), linear_proj=RowParallelLinear
         ),
     )
     mlp = ModuleSpec(
@@ -106,8 +110,9 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def _core_attention() -> Any:
-    if extras()["transformer-engine"]:
+def _core_attention(config: TransformerConfig) -> Any:
+    # Transformer Engine draws attention dropout from a generator that knows ranks: promise 1 would not hold.
+    if has_transformer_engine() and not config.attention_dropout:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,15 +63,26 @@ def discover(environ: Mapping[str, str], *, master_port: int | None = None) -> P
             continue
         try:
             numbers = int(environ[rank]), int(environ[world]), int(environ.get(local, "0"))
+            if not 0 <= numbers[0] < numbers[1]:
+                raise ValueError("ranks count from 0 to one less than the world's size")
             port = master_port or int(environ.get("MASTER_PORT", _default_port(environ)))
         except ValueError as error:
-            raise ConfigError(f"{launcher} set {rank}={environ[rank]} and {world}={environ[world]}: {error}.") from None
+            told = [f"{name}={environ[name]}" for name in (rank, world, local, "MASTER_PORT") if name in environ]
+            raise ConfigError(f"{launcher} set {', '.join(told)}: {error}.") from None
+        if not 0 < port < 65536:
+            raise ConfigError(f"master port {port} is not a port: those are 1 to 65535.")
         address = environ.get("MASTER_ADDR") or _first_slurm_node(environ.get("SLURM_STEP_NODELIST", ""))
         if launcher == "mpirun" and not address:
             address = _address_through_mpi()
         name = "deepspeed" if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ else launcher
         return Process(*numbers, address or "127.0.0.1", port, name)
     return Process(0, 1, 0, "127.0.0.1", master_port or _free_port(), "single")
+
+
+def local_rank(environ: Mapping[str, str]) -> int:
+    """Which rank of its node this process is, as far as the environment says; never an error."""
+    told = next((environ[local] for *_, local in _LAUNCHERS if local in environ), "0")
+    return int(told) if told.isdigit() else 0
 
 
 def _default_port(environ: Mapping[str, str]) -> int:
@@ -107,10 +119,12 @@ def device_of(process: Process) -> torch.device:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if process.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        error = ConfigError(
             f"local rank {process.local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
             "Start at most that many ranks per node, or set DS_ACCELERATOR=cpu."
         )
+        error.of_one_rank = True
+        raise error
     return torch.device("cuda", process.local_rank)
 
 
@@ -163,37 +177,67 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
     """A store in which every rank has written its name; a RendezvousError that names those that did not."""
     place = f"{process.master_addr}:{process.master_port}"
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    timeout = timedelta(seconds=timeout_seconds)
+    deadline = time.monotonic() + timeout_seconds
+    unreachable = f"rank {process.rank} cannot reach rank 0 at {place} in {timeout_seconds:g} s."
     try:
+        if process.rank or agent_has_store:
+            _await_listener(process, deadline)  # the store would wait too, but tells of it in fifty lines
         store: dist.Store = dist.TCPStore(
             process.master_addr,
             process.master_port,
             is_master=process.rank == 0 and not agent_has_store,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
         )
-    except dist.DistNetworkError as error:
+    except (dist.DistError, OSError) as error:
         if process.rank == 0 and "EADDRINUSE" in str(error):
             raise RendezvousError(
                 f"port {process.master_port} of this machine is in use, so the ranks cannot meet at {place}. "
                 "Choose another with --master_port (given to the launcher, where there is one)."
             ) from None
-        raise RendezvousError(f"rank {process.rank} cannot reach rank 0 at {place} in {timeout_seconds:g} s.") from None
-    except dist.DistStoreError:
-        raise RendezvousError(f"rank {process.rank} cannot reach rank 0 at {place} in {timeout_seconds:g} s.") from None
+        raise RendezvousError(f"{unreachable} Is it running, and are MASTER_ADDR and MASTER_PORT its own?") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"roll_call_{attempt}", store)
-    store.set(str(process.rank), socket.gethostname())
     try:
-        store.wait([str(rank) for rank in range(process.world_size)], timeout)
-    except dist.DistStoreError:
-        missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
+        store.set(str(process.rank), socket.gethostname())
+        store.add("arrived", 1)
+        while store.add("arrived", 0) < process.world_size:
+            if time.monotonic() > deadline:
+                missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
+                raise RendezvousError(
+                    f"{len(missing)} of {process.world_size} ranks did not come to {place} in {timeout_seconds:g} s: "
+                    f"rank {', '.join(map(str, missing[:16]))}{' ...' if len(missing) > 16 else ''}. "
+                    "Look at their logs, or wait longer with --rendezvous_timeout_seconds."
+                )
+            time.sleep(0.05)
+    except dist.DistError:
         raise RendezvousError(
-            f"{len(missing)} of {process.world_size} ranks did not come to {place} in {timeout_seconds:g} s: "
-            f"rank {', '.join(map(str, missing[:16]))}{' ...' if len(missing) > 16 else ''}. "
-            "Look at their logs, or wait longer with --rendezvous_timeout_seconds."
+            f"rank {process.rank} reached rank 0 at {place}, but it left before all ranks had come. Look at its log."
         ) from None
     return store
+
+
+def _await_listener(process: Process, deadline: float) -> None:
+    """Return once rank 0 listens; an OSError when it does not by the deadline."""
+    while True:
+        try:
+            socket.create_connection((process.master_addr, process.master_port), timeout=5.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def words_of_all(words: str) -> list[str]:
+    """What each rank has to say (the first 512 bytes), in rank order; every rank calls it."""
+    told = torch.zeros(512, dtype=torch.uint8)
+    data = words.encode()[:512]
+    if data:
+        told[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    gathered = [torch.empty_like(told) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, told)
+    return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in gathered]
 
 
 class Mpu:

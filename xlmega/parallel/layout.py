@@ -43,7 +43,7 @@ def choose(
     world_size: int, *, tp: int = 1, pp: int = 1, virtual_stages: int = 1, sequence_parallel: bool = False
 ) -> Layout:
     """The layout of `world_size` ranks with the asked sizes; what is left is data-parallel."""
-    for name, value in (("tp", tp), ("pp", pp), ("virtual_stages", virtual_stages)):
+    for name, value in (("world_size", world_size), ("tp", tp), ("pp", pp), ("virtual_stages", virtual_stages)):
         if value < 1:
             raise LayoutError(f"{name}={value}: sizes start at 1.")
     if world_size % (tp * pp):

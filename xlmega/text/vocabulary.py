@@ -185,7 +185,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     try:
         described = json.loads(paths[0].read_text(encoding="utf-8"))
         sizes = np.load(paths[2], allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise DataError(f"'{folder}' is damaged: {error}. Copy or train it again.") from None
     due = {**vocabulary._description(), "hash": vocabulary.hash}
     if described != due or not np.array_equal(sizes, vocabulary.piece_bytes):

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from xlmega import config as tables
 from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig
+from xlmega.parallel.groups import words_of_all
 from xlmega.weights.directory import MODEL_NAME, open_logical_directory, safetensors_header, sync_folder, write_json
 from xlmega.weights.names import logical_shapes
 
@@ -149,13 +150,7 @@ def _publish(engine: Engine, part: Path, final: Path, step: int, facts: Mapping[
 
 def _agree_or_raise(problem: str, what: str) -> None:
     """Raise on every rank when any has a problem; the first one's words are told everywhere."""
-    told = torch.zeros(512, dtype=torch.uint8)
-    data = problem.encode()[:512]
-    told[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else told[:0]
-    gathered = [torch.empty_like(told) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, told)
-    problems = [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in gathered]
-    found = [one for one in problems if one]
+    found = [one for one in words_of_all(problem) if one]
     if found:
         raise CheckpointError(f"{what}: {'; '.join(found[:4])}. The checkpoints before it are untouched.")
 
@@ -268,7 +263,7 @@ class Moment:
 
 def list_checkpoints(run: Path) -> list[int]:
     """Steps that have a published checkpoint, ascending."""
-    found = (re.fullmatch(r"step-(\d{8})", path.name) for path in (run / "checkpoints").glob("step-*"))
+    found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in (run / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -279,6 +274,9 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
+    told = re.fullmatch(r"step-(\d{8,})", folder.name)
+    if told and int(told[1]) != manifest["step"]:
+        yield f"'{folder}' holds the checkpoint of step {manifest['step']}: it was renamed or exchanged."
     for entry in manifest["files"][share::shares]:
         path = folder / entry["file"]
         if not path.is_file():
@@ -292,11 +290,13 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> Iterator[str]:
 def newest(run: Path, say: Any = print) -> Checkpoint | None:
     """The newest checkpoint that verifies, saying which it passed over and why; every rank of a run calls it.
 
+    None where there is no checkpoint at all; a CheckpointError where there are some and none verifies.
     With a process group the files are hashed by all ranks together; without, by this process.
     """
     grouped = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    for step in reversed(list_checkpoints(run)):
+    steps = list_checkpoints(run)
+    for step in reversed(steps):
         problems = list(damage(folder_of(run, step), rank, size))
         bad = torch.tensor(len(problems))
         if grouped:
@@ -305,6 +305,11 @@ def newest(run: Path, say: Any = print) -> Checkpoint | None:
             return Checkpoint(folder_of(run, step))
         if problems:
             say(f"passing over the checkpoint of step {step}: {problems[0]}")
+    if steps:
+        raise CheckpointError(
+            f"every checkpoint of '{run}' is damaged (steps {', '.join(map(str, steps))}). Restore one from a copy, or "
+            "start again in another directory: going on from step 0 would overwrite what this run has told so far."
+        )
     return None
 
 

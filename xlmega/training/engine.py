@@ -51,12 +51,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def extras_in_words() -> str:
-    """Which optional packages are used, for the start-up line."""
-    used = [name for name, there in specs.extras().items() if there]
-    return f"with {', '.join(used)}" if used else "with torch alone"
-
-
 @dataclass(frozen=True)
 class Report:
     """What a pass over a batch found, summed over all ranks."""
@@ -124,6 +118,11 @@ class Engine:
         deepspeed.init_distributed(
             dist_backend="gloo" if self.device.type == "cpu" else "nccl", dist_init_required=False, verbose=False
         )
+        if self.device.type == "cpu" and self.runtime.precision == "fp16":
+            # torch computes fp16 on a CPU; DeepSpeed's accelerator says that it cannot (0.19.8).
+            accelerator = type(deepspeed.get_accelerator())
+            accelerator.is_fp16_supported = lambda accelerator: True
+            accelerator.supported_dtypes = lambda accelerator: list(DTYPES.values())
         module = self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages)
         base = adamw(self._optimizer_settings, [(p, len(shard.shape) > 1) for shard, p in self.shards])
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures that nobody asked for
@@ -324,14 +323,12 @@ class Engine:
 
     def write_state(self, weights: LogicalSource, moments: dict[str, LogicalSource] | None = None, step: int = 0) -> None:
         """Set every weight (and, with `moments`, the optimizer's state after `step` updates) from logical tensors."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for shard, parameter in self.shards:
             full = self._local(shard, weights)
             if self.runtime.zero_stage == 0:
                 parameter.data.copy_(full)
                 continue
-            safe_set_full_fp32_param(parameter, full)
+            self._set(parameter, full, "weight")
             self._set_low_precision(parameter, full)
         if moments is None:
             return
@@ -342,7 +339,7 @@ class Engine:
                 if self.runtime.zero_stage == 0:
                     self._engine.basic_optimizer.state[parameter][kind].copy_(full)
                 else:
-                    safe_set_full_optimizer_state(parameter, full, kind)
+                    self._set(parameter, full, kind)
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -364,6 +361,29 @@ class Engine:
         full = torch.zeros(shard.local_shape, dtype=torch.float32)
         shard.valid(full).copy_(source.read_slice(shard.name, shard.slices))
         return full.to(self.device)
+
+    def _set(self, parameter: torch.nn.Parameter, full: torch.Tensor, kind: str) -> None:
+        """Master weight or moment from the full local tensor, wherever DeepSpeed keeps it."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if self.runtime.zero_stage == 3:
+            # Its setters of whole tensors fail where dp does not divide the size (DeepSpeed 0.19.8): cut the part here.
+            size = -(-full.numel() // self.layout.dp)
+            flat = torch.nn.functional.pad(full.flatten(), (0, size * self.layout.dp - full.numel()))
+            part = flat.narrow(0, size * parallel_state.get_data_parallel_rank(), size)
+            if kind == "weight":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind == "weight":
+            safe_set_full_fp32_param(parameter, full)
+        else:
+            safe_set_full_optimizer_state(parameter, full, kind)
 
     def _set_low_precision(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
         """The weights that the forward pass sees; setting the master weights does not reach them."""

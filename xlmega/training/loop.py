@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from xlmega.data.batches import Batch, Prefetched, validation_batches, validation_sets
+from xlmega.errors import DataError
 from xlmega.training import checkpoint
 from xlmega.training.engine import Engine, Report
 from xlmega.training.metrics import Metrics
@@ -33,7 +34,11 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0
         _validate(sets, engine, metrics, 0)
     for step in range(first_step, run.stop_at):
         started = time.monotonic()
-        batch = batches.at(step)
+        try:
+            batch = batches.at(step)
+        except DataError as error:
+            error.of_one_rank = True  # of this rank's windows
+            raise
         report = engine.forward_backward(batch, step=step)
         norm, skipped = engine.apply(rate.at(step), step=step, batch=batch)
         done = step + 1

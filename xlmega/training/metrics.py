@@ -7,7 +7,9 @@ The only file that may import wandb.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +28,13 @@ def peak_flops(device_name: str, devices: int) -> float | None:
     """Dense peak of so many devices in FLOP/s, where it is known."""
     known = [tera for name, tera in PEAK_TFLOPS.items() if name in device_name.replace("-", " ").split()]
     return known[0] * 1e12 * devices if known else None
+
+
+def check_trackers(*, wandb: bool, tensorboard: bool) -> None:
+    """Refuse a tracker that is not installed, before anything is started."""
+    for asked, name in ((wandb, "wandb"), (tensorboard, "tensorboard")):
+        if asked and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--{name} needs the package {name}: pip install -e .[track]")
 
 
 class Metrics:
@@ -94,7 +103,7 @@ class Metrics:
         print(text, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(record)
@@ -131,16 +140,24 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            told = int(record["step"])
+        except (ValueError, TypeError, KeyError):
             continue
-        if record["step"] < step or (record["step"] == step and (step or "validation" not in record)):
+        if told < step or (told == step and (step or "validation" not in record)):
             kept.append(line + "\n")
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """The record with null for what JSON cannot say (an fp16 step that overflowed has an infinite norm)."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _duration(seconds: float) -> str:

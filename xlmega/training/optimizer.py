@@ -43,7 +43,8 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 yield f"{name} must be in [0, 1), but is {getattr(self, name)}."
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "gradient_clipping", "epsilon"):
+        steps = ("warmup_steps", "decay_steps")
+        for name in (*steps, "min_learning_rate", "weight_decay", "gradient_clipping", "epsilon"):
             if getattr(self, name) < 0:
                 yield f"{name} must not be negative, but is {getattr(self, name)}."
 

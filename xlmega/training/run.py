@@ -14,12 +14,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from xlmega import __version__, config
 from xlmega.data.batches import Batches, validation_sets
-from xlmega.data.indexed import IndexedTokens, open_corpus
+from xlmega.data.indexed import IndexedTokens, open_corpus, splits, verify
+from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.models.config import check_layout
 from xlmega.parallel.layout import Layout, check_interleaving
@@ -52,7 +54,7 @@ class Run:
     stop_at: int
     """Updates after which to save and end."""
 
-    @property
+    @cached_property
     def languages(self) -> tuple[str, ...]:
         """Names of the languages, in the order of a batch's indices."""
         return self.batches(0).languages
@@ -87,16 +89,28 @@ def resolve(
             f"the tokens of '{root}' were made with vocabulary {told[:12]}, but '{folder}' is {vocabulary.hash[:12]}. "
             "The same id would mean different things: run tools/tokenize_corpus.py again."
         )
+    for name, tokens in corpus.items():
+        if tokens.manifest.max_id >= vocabulary.size or tokens.manifest.vocabulary_size != vocabulary.size:
+            raise DataError(
+                f"the manifest '{tokens.path}.json' tells of ids to {tokens.manifest.max_id} in a vocabulary of "
+                f"{tokens.manifest.vocabulary_size}, but '{folder}' has {vocabulary.size} ids. Tokenise '{name}' again."
+            )
     recipe = replace(recipe, model=_sized(recipe, vocabulary))
     check_layout(layout, recipe.model, recipe.data.sequence_length)
     total_steps = recipe.training.total_steps
     if not 0 <= stop_at <= total_steps:
         raise ConfigError(f"--stop_at {stop_at} is not a step of this run: training.total_steps is {total_steps}.")
+    if total_steps * recipe.training.batch_windows > MAX_SIZE:
+        raise ConfigError(
+            f"training.total_steps={total_steps} x batch_windows={recipe.training.batch_windows} is more windows than "
+            f"can be numbered ({MAX_SIZE}). Lower either."
+        )
     run = Run(
         recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at or total_steps
     )
     batches = run.batches(0)
     check_interleaving(layout, batches.micro_batches)
+    validation_sets(root, recipe.data, recipe.training.validation_windows)  # that they open, before anything starts
     return replace(run, micro_batches=batches.micro_batches)
 
 
@@ -109,6 +123,20 @@ def _sized(recipe: Recipe, vocabulary: Vocabulary) -> Any:
             "Leave model.vocab_size at 0 to take the vocabulary's size, or tokenise with a smaller vocabulary."
         )
     return replace(recipe.model, vocab_size=asked or vocabulary.size)
+
+
+def data_damage(run: Run, share: int = 0, shares: int = 1) -> str:
+    """What the checksums say is wrong with the token files ('' if nothing); `share` of `shares` divides the hashing."""
+    root = Path(run.recipe.data.root)
+    files = [
+        root / split / name for split in splits(root) for name in open_corpus(root, split) if name in run.languages
+    ]
+    for prefix in files[share::shares]:
+        try:
+            verify(prefix)
+        except DataError as error:
+            return str(error)
+    return ""
 
 
 def first_weights(recipe: Recipe) -> LogicalSource:
@@ -126,12 +154,20 @@ def first_weights(recipe: Recipe) -> LogicalSource:
 
 def check_output(run: Run, *, resume: bool) -> None:
     """Refuse a run directory that is occupied, unwritable or of another run; nothing is created."""
-    output = run.output
+    try:
+        _check_output(run, run.output, resume)
+    except OSError as error:
+        raise CheckpointError(f"--output '{run.output}' cannot be used: {error.strerror}.") from None
+
+
+def _check_output(run: Run, output: Path, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"--output '{output}' is a file; a run needs a directory.")
     above = output
     while not above.exists():
         above = above.parent
+    if not above.is_dir():
+        raise CheckpointError(f"--output '{output}' cannot be made: '{above}' is a file. Choose another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(f"--output '{output}' cannot be written: no permission in '{above}'.")
     if not output.is_dir() or not any(output.iterdir()):
@@ -144,7 +180,7 @@ def check_output(run: Run, *, resume: bool) -> None:
         raise CheckpointError(f"--resume: '{output}' is not empty and not a run (no run.json). Choose another --output.")
     try:
         before = json.loads(told.read_text(encoding="utf-8"))
-        old, vocabulary = before["recipe"], before["vocabulary"]
+        old, vocabulary, data = dict(before["recipe"]), str(before["vocabulary"]), dict(before["data"])
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"'{told}' is damaged, so what this run was cannot be known. Restore it.") from None
     changed = list(differences(old, config.to_table(run.recipe)))
@@ -158,19 +194,31 @@ def check_output(run: Run, *, resume: bool) -> None:
             f"--resume: '{output}' was trained with vocabulary {vocabulary[:12]}, but '{run.recipe.data.root}' has "
             f"{run.vocabulary.hash[:12]}. Point data.root at the tokens of the first."
         )
+    known = set(run.languages) if run.recipe.data.languages else {*run.corpus, *data}
+    now = facts(run)["data"]
+    other = sorted(name for name in known if data.get(name) != now.get(name))
+    if other:
+        raise DataError(
+            f"--resume: '{output}' was trained on other tokens of {', '.join(other[:10])} than those of "
+            f"'{run.recipe.data.root}', so it cannot go on where it stood. Point data.root at the tokens of the first."
+        )
 
 
 def create_output(run: Run) -> None:
     """Make the run directory and write what the run is; one process calls it."""
-    run.output.mkdir(parents=True, exist_ok=True)
-    (run.output / "checkpoints").mkdir(exist_ok=True)
-    if not (run.output / "vocabulary").is_dir():
-        part = run.output / "vocabulary.part"
-        shutil.rmtree(part, ignore_errors=True)
-        copy_folder(run.vocabulary_folder, part)
-        part.rename(run.output / "vocabulary")
-    part = write_json(run.output / "run.json.part", facts(run))
-    part.replace(run.output / "run.json")
+    try:
+        (run.output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not (run.output / "vocabulary").is_dir():
+            part = run.output / "vocabulary.part"
+            shutil.rmtree(part, ignore_errors=True)
+            copy_folder(run.vocabulary_folder, part)
+            part.rename(run.output / "vocabulary")
+        part = write_json(run.output / "run.json.part", facts(run))
+        part.replace(run.output / "run.json")
+    except OSError as error:
+        error_of_ours = CheckpointError(f"--output '{run.output}' cannot be written: {error.strerror}.")
+        error_of_ours.of_one_rank = True
+        raise error_of_ours from None
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -8,12 +8,12 @@ Pairs of settings that cannot work (DeepSpeed 0.19.8 with Megatron-core 0.16.1) 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlmega.errors import ConfigError
+from xlmega.errors import ConfigError, nearest
 from xlmega.parallel.layout import Layout
 
 _RECIPE_KEYS = {
@@ -24,7 +24,39 @@ _RECIPE_KEYS = {
     "gradient_accumulation_steps": "training.batch_windows (it follows from that, dp and the micro-batch)",
     "data_types": "nothing: gradients are always accumulated in fp32",
     "steps_per_print": "training.log_every_steps",
+    "activation_checkpointing": "--recompute",
+    "pipeline": "--pp and --virtual_stages",
+    "amp": "'bf16' or 'fp16' of this file",
+    "wandb": "--wandb",
+    "tensorboard": "--tensorboard",
 }
+# DeepSpeed ignores a top-level key that it does not know, so "zero_optimisation" would silently be no ZeRO at all.
+_KEYS = (
+    "train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "aio",
+)  # fmt: skip
+_TABLE_KEYS = {
+    "bf16": (
+        "enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
+    "fp16": (
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads",
+    ),
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+        "allgather_partitions", "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer",
+        "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+        "stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold",
+        "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters",
+        "round_robin_gradients", "zero_hpz_partition_size", "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear",
+        "log_trace_cache_warnings",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,8 @@ def read_runtime(path: Path) -> Runtime:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no DeepSpeed settings at '{path}'. ds_configs/ holds five to start from.") from None
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read as a JSON file: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid JSON: {error}.") from None
     return runtime(settings, what=str(path))
@@ -79,30 +113,55 @@ def read_runtime(path: Path) -> Runtime:
 
 def runtime(settings: Mapping[str, Any], *, what: str = "ds_config") -> Runtime:
     """A checked Runtime; every key that belongs to the recipe is named in one error."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{what} must hold a JSON object of DeepSpeed settings, but holds {settings!r}.")
     misplaced = [f"'{key}' lives in {place}" for key, place in _RECIPE_KEYS.items() if key in settings]
     if misplaced:
         raise ConfigError(f"{what} says how a run is executed, not what is learnt: {'; '.join(misplaced)}.")
+    _check_keys(settings, _KEYS, what)
+    zero, bf16, fp16 = (_table(settings, name, what) for name in ("zero_optimization", "bf16", "fp16"))
     if "train_micro_batch_size_per_gpu" not in settings:
         raise ConfigError(f'{what} must set "train_micro_batch_size_per_gpu" (windows per rank and micro-batch).')
-    zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{what}: zero_optimization.stage is {stage!r}; it may be 0, 1, 2 or 3.")
     if zero.get("overlap_comm") and stage == 1:
         raise ConfigError(
             f"{what}: overlap_comm reduces during DeepSpeed's own backward pass, but at stage 1 the pipeline schedule "
             "runs it. Drop overlap_comm, or use stage 2."
         )
-    on = [kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")]
+    for kind, table in (("bf16", bf16), ("fp16", fp16)):
+        if not isinstance(table.get("enabled", False), bool):
+            raise ConfigError(f"{what}: {kind}.enabled must be true or false, but is {table['enabled']!r}.")
+    on = [kind for kind, table in (("bf16", bf16), ("fp16", fp16)) if table.get("enabled")]
     if len(on) == 2:
         raise ConfigError(f"{what} enables both bf16 and fp16. Keep one.")
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if offload not in ("none", "cpu"):
-        raise ConfigError(f"{what}: offload_optimizer.device is {offload!r}; it may be 'cpu' or 'none'.")
+    devices = {name: _table(zero, name, what).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+    for name, device in devices.items():
+        if device not in ("none", "cpu"):
+            raise ConfigError(f"{what}: {name}.device is {device!r}; it may be 'cpu' or 'none'.")
+    if devices["offload_param"] == "cpu" and stage != 3:
+        raise ConfigError(f"{what}: offload_param needs ZeRO stage 3, but the stage is {stage}. Drop it, or use 3.")
     micro = settings["train_micro_batch_size_per_gpu"]
-    if not isinstance(micro, int) or micro < 1:
+    if type(micro) is not int or micro < 1:
         raise ConfigError(f"{what}: train_micro_batch_size_per_gpu must be a whole number from 1, but is {micro!r}.")
-    return Runtime(stage, on[0] if on else "fp32", micro, offload == "cpu", dict(settings))
+    return Runtime(stage, on[0] if on else "fp32", micro, devices["offload_optimizer"] == "cpu", dict(settings))
+
+
+def _table(settings: Mapping[str, Any], name: str, what: str) -> Mapping[str, Any]:
+    """The table of that name (empty where it is not given), with only keys that DeepSpeed knows."""
+    table = settings.get(name, {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{what}: '{name}' must be an object of keys, but is {table!r}.")
+    if name in _TABLE_KEYS:
+        _check_keys(table, _TABLE_KEYS[name], what, f"{name}.")
+    return table
+
+
+def _check_keys(table: Mapping[str, Any], known: Iterable[str], what: str, path: str = "") -> None:
+    unknown = [f"{what} has no key '{path}{key}'.{nearest(key, known)}" for key in table if key not in known]
+    if unknown:
+        raise ConfigError("\n  ".join(unknown))
 
 
 def check_pair(runtime: Runtime, layout: Layout) -> None:
