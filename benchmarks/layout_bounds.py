@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "training")]
+sys.path[:0] = [str(TESTS), str(TESTS / "training")]  # test_theorem is there
 
 import test_theorem  # noqa: E402
 import trained  # noqa: E402

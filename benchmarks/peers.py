@@ -4,7 +4,8 @@ In come a `Workload` and a micro-batch; out goes a function that takes one whole
 Guaranteed the same for all: bf16 weights, fp32 master copies, gradients accumulated in fp32, clipping at 1.0, torch's
 fused AdamW, tied embeddings, no dropout, the same windows in the same order.
 
-Peers: a bare loop over xlmega's own decoder; Megatron-core's GPTModel with its local spec and its own loss; Hugging Face XGLM with its default attention; and a minimal decoder in the manner of nanoGPT.
+Peers: a bare loop over xlmega's own decoder; Megatron-core's GPTModel with its local spec and its own loss; Hugging
+Face XGLM with its default attention; and a minimal decoder in the manner of nanoGPT.
 
 Shape letters: B windows, L positions, D hidden_size, H heads, K head_dim, V vocabulary.
 """

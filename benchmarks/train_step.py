@@ -197,7 +197,8 @@ def table(results: dict[str, dict[str, Any]], step_tokens: int, step_flops: floa
         seconds = statistics.median(found["seconds"])
         ratio = "-"
         if own:
-            found["ratio"] = statistics.median(theirs / ours for theirs, ours in zip(found["seconds"], own, strict=True))
+            pairs = zip(found["seconds"], own, strict=True)
+            found["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
             ratio = f"{found['ratio']:.2f} x"
         found["share"] = step_flops / seconds / rate
         lines.append(

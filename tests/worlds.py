@@ -21,7 +21,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 def run(num_ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = 600) -> list[Any]:
-    """`function(rank, folder, *arguments)` in every rank; JSON-able results in rank order. A failed rank's log is raised."""
+    """`function(rank, folder, *arguments)` in every rank; JSON-able results in rank order. A failed rank is raised."""
     name = f"{Path(sys.modules[function.__module__].__file__ or '').resolve().relative_to(TESTS)}:{function.__name__}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "call.json").write_text(json.dumps({"function": name, "arguments": arguments}))

@@ -1,4 +1,4 @@
-"""Promise 1: layouts, ZeRO stages, micro-batch splits and recomputation do not change losses, norms, gradients, weights.
+"""Promise 1: layout, ZeRO stage, micro-batch split and recomputation change neither losses, gradients nor weights.
 
 Every case trains the same tiny model for five steps with clipping active and is compared with one process. The
 tolerances are those of the promise; they are not to be loosened.

@@ -75,9 +75,7 @@ class Embedding(MegatronModule):
             self.position_embeddings = torch.nn.Embedding(
                 model.max_positions, model.hidden_size, dtype=config.params_dtype
             )
-        else:
-            table = sinusoidal_positions(model.max_positions, model.hidden_size).to(config.params_dtype)
-            self.register_buffer("positions_PD", table, persistent=False)
+        self._sinusoids_PD: torch.Tensor | None = None
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids to hidden states [L, B, D] (this rank's positions with sequence parallelism)."""
@@ -92,11 +90,19 @@ class Embedding(MegatronModule):
             table_PD = summed_over_sequence(self.position_embeddings.weight, self.config)
             hidden_LBD = hidden_LBD + torch.nn.functional.embedding(positions, table_PD)[:, None]
         else:
-            hidden_LBD = hidden_LBD + self.positions_PD[share, None]
+            hidden_LBD = hidden_LBD + self._sinusoids(hidden_LBD)[share, None]
         if self.training and self.config.hidden_dropout:
             p = self.config.hidden_dropout
             hidden_LBD = dropout.dropout(hidden_LBD, p, "embedding", first_position=first, num_positions=total)
         return hidden_LBD.contiguous()
+
+
+    def _sinusoids(self, like: torch.Tensor) -> torch.Tensor:
+        # Made in the first pass, not at construction: there DeepSpeed (ZeRO-3) would have it computed in bf16.
+        if self._sinusoids_PD is None:
+            table_PD = sinusoidal_positions(self.model.max_positions, self.model.hidden_size)
+            self._sinusoids_PD = table_PD.to(like.device, like.dtype)
+        return self._sinusoids_PD
 
 
 class Block(MegatronModule):

@@ -112,10 +112,10 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks = _Blocks(query)
         with _fp32_from_bf16():
             for window, some in blocks.groups():
-                query_HLK, key_HKL = _heads(query, window, some).float(), _columns(key, window, some)
+                query_HLK, key_HLK = _heads(query, window, some).float(), _heads(key, window, some).float()
                 value_HLK = _heads(value, window, some)
                 for rows in blocks.rows():
-                    scores = blocks.scores(query_HLK, key_HKL, rows)
+                    scores = blocks.scores(query_HLK, key_HLK, rows)
                     top = scores.amax(-1, keepdim=True)
                     scores.sub_(top).exp2_()
                     total = scores.sum(-1, keepdim=True)
@@ -133,17 +133,17 @@ class _BlockwiseAttention(torch.autograd.Function):
         with _fp32_from_bf16():
             for window, some in blocks.groups():
                 query_HLK, key_HLK = _heads(query, window, some), _heads(key, window, some)
-                query_32 = query_HLK.float()
-                key_HKL, value_HKL = _columns(key, window, some), _columns(value, window, some)
+                query_32, key_32 = query_HLK.float(), key_HLK.float()
+                value_32 = _heads(value, window, some).float()
                 d_HLK = _heads(gradients[0], window, some)
                 d_32 = d_HLK.float()
                 delta_HL1 = (d_32 * _heads(output, window, some)).sum(-1, keepdim=True)
                 d_key_HLK, d_value_HLK = torch.zeros_like(query_32), torch.zeros_like(query_32)
                 for rows in blocks.rows():
                     seen = slice(0, rows.stop)
-                    scores = blocks.scores(query_32, key_HKL, rows)
+                    scores = blocks.scores(query_32, key_32, rows)
                     weights = scores.sub_(log_sum_BHL[window, some, rows, None]).exp2_()
-                    d_scores = torch.bmm(d_32[:, rows], value_HKL[:, :, seen], out=blocks.second(scores))
+                    d_scores = torch.bmm(d_32[:, rows], _columns(value_32, seen), out=blocks.second(scores))
                     d_scores.sub_(delta_HL1[:, rows]).mul_(weights)
                     d_value_HLK[:, seen] += torch.bmm(blocks.low(weights).mT, d_HLK[:, rows])
                     low = blocks.low(d_scores)
@@ -179,11 +179,11 @@ class _Blocks:
         for start in range(0, self.length, self.step):
             yield slice(start, min(start + self.step, self.length))
 
-    def scores(self, query_HLK: torch.Tensor, key_HKL: torch.Tensor, rows: slice) -> torch.Tensor:
+    def scores(self, query_HLK: torch.Tensor, key_HLK: torch.Tensor, rows: slice) -> torch.Tensor:
         """fp32 scores of these queries with all keys up to the last of them, times log2(e); -inf for the future."""
         count = rows.stop - rows.start
         scores = self._scores[: len(query_HLK) * count * rows.stop].view(-1, count, rows.stop)
-        keys_HKl = key_HKL[:, :, : rows.stop]
+        keys_HKl = _columns(key_HLK, slice(0, rows.stop))
         torch.baddbmm(scores, query_HLK[:, rows], keys_HKl, beta=0, alpha=self.scale * LOG2_E, out=scores)
         scores[:, :, rows] += self._future[:count, :count]
         return scores
@@ -202,9 +202,9 @@ def _heads(tensor: torch.Tensor, window: int, some: slice) -> torch.Tensor:
     return tensor[:, window, some].transpose(0, 1).contiguous()
 
 
-def _columns(tensor: torch.Tensor, window: int, some: slice) -> torch.Tensor:
-    """[L, B, H, K] to fp32 [some of H, K, L] of one window, contiguous: torch copies what it multiplies otherwise."""
-    return tensor[:, window, some].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format)
+def _columns(tensor_HLK: torch.Tensor, positions: slice) -> torch.Tensor:
+    """[H, L, K] to [H, K, some of L]: a transposed view of a copy, since torch copies a view of a part anew, slowly."""
+    return tensor_HLK[:, positions].contiguous().mT
 
 
 class CausalAttention(MegatronModule):

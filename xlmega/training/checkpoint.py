@@ -297,14 +297,11 @@ def newest(run: Path, say: Any = print) -> Checkpoint | None:
     rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
     steps = list_checkpoints(run)
     for step in reversed(steps):
-        problems = list(damage(folder_of(run, step), rank, size))
-        bad = torch.tensor(len(problems))
-        if grouped:
-            dist.all_reduce(bad)
-        if not bad.item():
+        problem = next(damage(folder_of(run, step), rank, size), "")
+        problems = [words for words in (words_of_all(problem) if grouped else [problem]) if words]
+        if not problems:
             return Checkpoint(folder_of(run, step))
-        if problems:
-            say(f"passing over the checkpoint of step {step}: {problems[0]}")
+        say(f"passing over the checkpoint of step {step}: {problems[0]}")
     if steps:
         raise CheckpointError(
             f"every checkpoint of '{run}' is damaged (steps {', '.join(map(str, steps))}). Restore one from a copy, or "

@@ -8,8 +8,8 @@ Guaranteed: the loss is normalised by the step's count of targets over all ranks
 micro-batch split do not change it; the gradient norm is the whole model's, each parameter counted once; a loss or
 gradient that is not finite stops the run before any weight changes. All ranks must call every method together.
 
-Two paths lead through a step. With ZeRO stages 0 and 1 Megatron's schedule (1F1B, interleaved, or none) runs on the bare
-modules and DeepSpeed reduces and steps afterwards; stages 2 and 3 reduce while going backward, so DeepSpeed's own
+Two paths lead through a step. With ZeRO stages 0 and 1 Megatron's schedule (1F1B, interleaved, or none) runs on the
+bare modules and DeepSpeed reduces and steps afterwards; stages 2 and 3 reduce while going backward, so DeepSpeed's own
 forward and backward are used (pp is 1 there). The only file that may import deepspeed.
 """
 
@@ -20,7 +20,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,26 @@ from xlmega.weights.shards import LogicalSource, Shard, shards_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _deepspeed(device: torch.device, precision: str) -> Any:
+    """The deepspeed module, ready for this device."""
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # Built with a C++ compiler at start (20 s, and there may be none); gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl", dist_init_required=False, verbose=False
+    )
+    if device.type == "cpu" and precision == "fp16":
+        # torch computes fp16 on a CPU; DeepSpeed's accelerator says that it cannot (0.19.8).
+        accelerator = type(deepspeed.get_accelerator())
+        accelerator.is_fp16_supported = lambda accelerator: True
+        accelerator.supported_dtypes = lambda accelerator: list(DTYPES.values())
+    return deepspeed
 
 
 def device_name(device: torch.device) -> str:
@@ -89,8 +109,17 @@ class Engine:
         self._languages = tuple(languages)
         dtype = DTYPES[runtime.precision]
         config = specs.transformer_config(model, layout, dtype=dtype, on_cpu=device.type == "cpu")
-        self.stages = build_stages(model, config, recompute=recompute, dropout_seed=seed)
-        for stage in self.stages:
+        deepspeed = _deepspeed(device, runtime.precision)
+        settings = runtime.for_deepspeed(gradient_clipping=optimizer.gradient_clipping, micro_batches=micro_batches)
+        # ZeRO-3 cuts each parameter as soon as it is made: the whole model never lies on one rank.
+        cut = runtime.zero_stage == 3
+        with deepspeed.zero.Init(
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=settings,  # its dtype= means bf16 on a CPU, whatever is given (DeepSpeed 0.19.8)
+            mpu=Mpu(),
+        ) if cut else contextlib.nullcontext():
+            self.stages = build_stages(model, config, recompute=recompute, dropout_seed=seed)
+        for stage in () if cut else self.stages:
             stage.to(device)
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.shards: list[tuple[Shard, torch.nn.Parameter]] = shards_of(self.stages, model, tp_rank, layout.tp)
@@ -98,31 +127,14 @@ class Engine:
             if shard.is_copy:
                 parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]  # counted once in gradient norms
         self.is_last_stage = any(stage.post_process for stage in self.stages)
-        self._engine = self._initialise(runtime.for_deepspeed(
-            gradient_clipping=optimizer.gradient_clipping, micro_batches=micro_batches
-        ))
+        self._engine = self._initialise(deepspeed, settings)
         self._nll: list[tuple[int, torch.Tensor]] = []
         config.grad_scale_func = self._scale_loss
         config.finalize_model_grads_func = None
         config.no_sync_func = None
         self._config = config
 
-    def _initialise(self, settings: dict[str, Any]) -> Any:
-        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-        import deepspeed
-        from deepspeed.utils import logger
-
-        logger.setLevel(logging.WARNING)
-        # Built with a C++ compiler at start (20 s, and there may be none); gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="gloo" if self.device.type == "cpu" else "nccl", dist_init_required=False, verbose=False
-        )
-        if self.device.type == "cpu" and self.runtime.precision == "fp16":
-            # torch computes fp16 on a CPU; DeepSpeed's accelerator says that it cannot (0.19.8).
-            accelerator = type(deepspeed.get_accelerator())
-            accelerator.is_fp16_supported = lambda accelerator: True
-            accelerator.supported_dtypes = lambda accelerator: list(DTYPES.values())
+    def _initialise(self, deepspeed: Any, settings: dict[str, Any]) -> Any:
         module = self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages)
         base = adamw(self._optimizer_settings, [(p, len(shard.shape) > 1) for shard, p in self.shards])
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures that nobody asked for
@@ -151,7 +163,9 @@ class Engine:
         unit = self.layout.dp / max(targets.item(), 1.0)
         report = self._pass(batch, unit, train=True)
         if not math.isfinite(report.loss):
-            raise NumericsError(f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed.")
+            raise NumericsError(
+                f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed."
+            )
         return report
 
     def apply(self, learning_rate: float, *, step: int = 0, batch: Batch | None = None) -> tuple[float, bool]:
@@ -280,7 +294,7 @@ class Engine:
         if batch is None:
             return ""
         names = self._languages
-        bad = [name for name, nll in zip(names, report.nll) if not math.isfinite(nll)] if report else []
+        bad = [name for name, nll in zip(names, report.nll, strict=True) if not math.isfinite(nll)] if report else []
         where = f" in {', '.join(bad)}" if bad else ""
         return f"Its windows are slots {int(batch.slots.min())} to {int(batch.slots.max())} of the run{where}."
 
@@ -321,7 +335,9 @@ class Engine:
 
     # ---------------------------------------------------------------- state
 
-    def write_state(self, weights: LogicalSource, moments: dict[str, LogicalSource] | None = None, step: int = 0) -> None:
+    def write_state(
+        self, weights: LogicalSource, moments: Mapping[str, LogicalSource] | None = None, step: int = 0
+    ) -> None:
         """Set every weight (and, with `moments`, the optimizer's state after `step` updates) from logical tensors."""
         for shard, parameter in self.shards:
             full = self._local(shard, weights)

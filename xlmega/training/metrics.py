@@ -190,7 +190,7 @@ class _Wandb:
             import wandb
         except ImportError:
             raise ConfigError("--wandb needs the package wandb: pip install -e .[track]") from None
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         self._run = wandb.init(project=project, name=run.name, dir=str(run), config=dict(settings), mode=mode)
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from xlmega import __version__, config
 from xlmega.data.batches import Batches, validation_sets
@@ -146,7 +146,7 @@ def first_weights(recipe: Recipe) -> LogicalSource:
         return InitialWeights(recipe.model, recipe.training.seed, shapes)
     source = open_source(Path(recipe.init.weights))
     check_shapes(recipe.init.weights, {name: source.shape(name) for name in source.names()}, shapes)
-    return source
+    return cast(LogicalSource, source)
 
 
 # -------------------------------------------------------------------- run directory
@@ -286,7 +286,7 @@ def _lines(run: Run) -> Iterator[str]:
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Bytes of the rank that holds most, by part: arithmetic on shapes, see `tools/plan_run.py` for measured figures."""
+    """Bytes of the rank that holds most, by part: arithmetic on shapes, not a measurement."""
     model, layout, runtime = run.recipe.model, run.layout, run.runtime
     layers = model.num_layers // layout.pp
     d, w, f = model.hidden_size, model.attention_width, model.ffn_hidden_size
@@ -295,7 +295,7 @@ def memory(run: Run) -> dict[str, float]:
     ends = words * (1 if model.tied or layout.pp > 1 else 2)
     held = layers * layer + ends + (model.max_positions * d if model.positions == "learned" else 0)
     width = 4 if runtime.precision == "fp32" else 2
-    shared = {stage: layout.dp for stage in (1, 2, 3)}.get(runtime.zero_stage, 1)
+    shared = layout.dp if runtime.zero_stage else 1
     tokens = runtime.micro_batch_windows * run.recipe.data.sequence_length
     in_flight = min(layout.pp, run.micro_batches)
     # Kept for the backward pass, in values per token of a layer: norms, q k v, attention and the two MLP widths.

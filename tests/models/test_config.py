@@ -1,0 +1,112 @@
+"""Presets against published sizes, what a recipe may change of them, and layouts that do not cut a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from xlmega.errors import ConfigError, LayoutError
+from xlmega.models.config import PRESETS, check_layout, model_config, resolve
+from xlmega.parallel.layout import Layout
+
+# METHODS §1.6: millions of parameters without both embeddings, and with V = 16384 and 32768.
+LANGUINI = {
+    "languini_mini": (10.8, 27.5, 44.3),
+    "languini_tiny": (28.7, 53.9, 79.1),
+    "languini_small": (85.4, 110.6, 135.8),
+    "languini_medium": (302.8, 336.4, 369.9),
+    "languini_large": (680.7, 731.1, 781.4),
+    "languini_xl": (1411.1, 1478.2, 1545.3),
+}
+# Numbers of parameters of the published checkpoints (positions are computed, the head is the embedding).
+XGLM = {
+    "xglm_564m": 564_463_616,
+    "xglm_1.7b": 1_732_907_008,
+    "xglm_2.9b": 2_941_505_536,
+    "xglm_4.5b": 4_552_511_488,
+    "xglm_7.5b": 7_492_771_840,
+}
+
+
+@pytest.mark.parametrize("preset", sorted(LANGUINI))
+def test_languini_sizes(preset: str) -> None:
+    body, *totals = LANGUINI[preset]
+    for vocabulary, total in zip((16384, 32768), totals):
+        config = model_config(preset=preset, vocab_size=vocabulary)
+        assert config.num_parameters() / 1e6 == pytest.approx(total, abs=0.06)
+        assert (config.num_parameters() - 2 * vocabulary * config.hidden_size) / 1e6 == pytest.approx(body, abs=0.06)
+    assert (config.positions, config.tied, config.activation) == ("learned", False, "gelu_tanh")
+
+
+@pytest.mark.parametrize("preset", sorted(XGLM))
+def test_xglm_sizes(preset: str) -> None:
+    config = model_config(preset=preset)
+    assert config.num_parameters() == XGLM[preset]
+    assert config.embedding_scale == math.sqrt(config.hidden_size) and config.tied
+
+
+def test_every_preset_is_a_model() -> None:
+    assert {*LANGUINI, *XGLM} < {*PRESETS}
+    for name in PRESETS:
+        config = model_config(preset=name)
+        assert config.preset == name and config.num_heads * config.head_dim > 0
+
+
+def test_a_recipe_changes_a_preset_and_what_follows_from_it() -> None:
+    config = model_config(preset="xglm_tiny", hidden_size=64, num_layers=2)
+    assert (config.head_dim, config.embedding_scale, config.num_layers, config.num_heads) == (16, 8.0, 2, 4)
+    own = model_config(preset="xglm_tiny", hidden_size=64, head_dim=8, embedding_scale=1.0)
+    assert (own.head_dim, own.embedding_scale) == (8, 1.0)
+    assert model_config(preset="languini_mini").head_dim == 32  # 8 heads of 32 in 512: the preset's own stays
+    assert resolve({"family": "gpt"}) == {"family": "gpt"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"preset": "xglm_tinny"}, "model.preset 'xglm_tinny' is not known. Did you mean 'xglm_tiny'?"),
+        ({"preset": ["xglm_tiny"]}, "is not known"),
+        ({"preset": "xglm_tiny", "num_heads": 3}, "num_heads=3 does not divide hidden_size=256.*1, 2, 4, 8"),
+        ({"preset": "xglm_tiny", "hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"preset": "xglm_tiny", "hidden_size": 3, "num_heads": 1}, "even and at least 4"),
+        ({"preset": "xglm_tiny", "hidden_size": 2, "num_heads": 1}, "even and at least 4"),
+        ({"preset": "xglm_tiny", "num_heads": 0}, "num_heads must be at least 1"),
+        ({"preset": "xglm_tiny", "dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"preset": "xglm_tiny", "attention_dropout": -0.1}, r"attention_dropout must be in \[0, 1\)"),
+        ({"preset": "xglm_tiny", "vocab_size": -1}, "vocab_size must be positive"),
+        ({"preset": "xglm_tiny", "layernorm_epsilon": 0.0}, "layernorm_epsilon must be positive"),
+        ({"preset": "xglm_tiny", "embedding_scale": -1.0}, "embedding_scale must be positive"),
+        ({"preset": "xglm_tiny", "init_std": -0.1}, "init_std must not be negative"),
+        ({"preset": "xglm_tiny", "num_layer": 3}, "no key 'num_layer'. Did you mean 'num_layers'?"),
+        ({"num_layers": 3}, "10 problems"),
+    ],
+)
+def test_models_that_cannot_be(keys: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model_config(**keys)
+
+
+def test_layouts_that_fit() -> None:
+    config = model_config(preset="languini_small")
+    for layout in (Layout(4, 3), Layout(12), Layout(pp=12), Layout(2, 2, 2, 3, True)):
+        check_layout(layout, config, 512)
+
+
+def test_a_layout_that_does_not_fit_is_told_every_reason() -> None:
+    config = model_config(preset="xglm_tiny", max_positions=64)
+    with pytest.raises(LayoutError) as caught:
+        check_layout(Layout(tp=3, pp=2, dp=1, virtual_stages=3, sequence_parallel=True), config, 100)
+    assert str(caught.value).splitlines() == [
+        "tp3 pp2 dp1 x3 interleaved sp does not fit the model:",
+        "  tp=3 must divide num_heads=4 and ffn_hidden_size=1024. tp may be 1, 2, 4.",
+        "  pp=2 x virtual_stages=3 must divide num_layers=4. Their product may be 1, 2, 4.",
+        "  sequence_parallel needs data.sequence_length=100 to be a multiple of tp=3.",
+        "  data.sequence_length=100 is beyond the model's max_positions=64.",
+    ]
+
+
+def test_flops_are_six_for_each_weight_and_attention() -> None:
+    config = model_config(preset="xglm_tiny", vocab_size=1000)
+    weights = 4 * (4 * 256 * 256 + 2 * 256 * 1024) + 1000 * 256
+    assert config.flops_per_token(128) == 6 * weights + 6 * 4 * 256 * 128
