@@ -114,7 +114,7 @@ def draw(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+                parameter.normal_(0.0, 0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
@@ -168,8 +168,8 @@ def xlmega(work: Workload, micro: int) -> Iterator[Step]:
             runtime(how),
             settings,
             device=device,
-            sequence_length=work.sequence_length,
             micro_batches=count,
+            languages=("any",),
         )
         engine.write_state(InitialWeights(model, 0, {shard.name: shard.shape for shard, _ in engine.shards}))
 

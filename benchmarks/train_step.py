@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("xlmega", "bare", "megatron", "huggingface", "nanogpt", "nanogpt_bf16_loss")
-MICRO_BATCHES = (8, 4, 2)
+MICRO_BATCHES = (8, 4)
 WARM_UP_STEPS = 2
 LARGE_VOCABULARY = {
     "num_layers": 2,
@@ -234,7 +234,7 @@ def main() -> None:
     if asked.micro_batch or asked.quick:
         chosen = dict.fromkeys(names, asked.micro_batch or 8)
     else:
-        chosen = choose_micro_batches(names, asked.threads, sizes, steps=4)
+        chosen = choose_micro_batches(names, asked.threads, sizes, steps=3)
     results = measure(names, chosen, asked.threads, sizes, rounds)
 
     import peers

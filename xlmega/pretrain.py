@@ -75,7 +75,11 @@ def main() -> None:
         print(summary(run))
         return
     check_output(run, resume=args.resume)
-    with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds) as device:
+    device = groups.device_of(process)
+    if process.rank == 0:  # said before the imports that take seconds, so that something is seen at once
+        print(f"xlmega {__version__}: {layout.describe()}, ZeRO-{run.runtime.zero_stage}, {run.runtime.precision}, on "
+              f"{groups.device_name(device)} started by {process.launcher}; waiting for {world_size} ranks", flush=True)
+    with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
         execute(run, process, device, args)
 
 
@@ -96,9 +100,8 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
     weights = None if found else first_weights(run.recipe)
     if speaker:
         create_output(run)
-    say(f"xlmega {__version__}: {run.layout.describe()}, ZeRO-{run.runtime.zero_stage}, {run.runtime.precision}, on "
-        f"{engines.device_name(device)} started by {process.launcher}; {extras_in_words()}")
     recipe = run.recipe
+    say(f"{recipe.model.num_parameters():,} parameters, {len(run.languages)} languages; {extras_in_words()}")
     engine = engines.Engine(
         recipe.model, run.layout, run.runtime, recipe.optimizer, device=device,
         micro_batches=run.micro_batches, recompute=run.recompute, seed=recipe.training.seed, languages=run.languages,
@@ -118,7 +121,7 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
         run.output, first_step=first_step, total_steps=recipe.training.total_steps,
         log_every_steps=recipe.training.log_every_steps,
         flops_per_token=recipe.model.flops_per_token(recipe.data.sequence_length),
-        peak=peak_flops(engines.device_name(device), run.layout.world_size),
+        peak=peak_flops(groups.device_name(device), run.layout.world_size),
         wandb_project=args.wandb, tensorboard=args.tensorboard, settings=facts(run),
     ) if speaker else None
     with metrics or contextlib.nullcontext():

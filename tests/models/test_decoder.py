@@ -42,8 +42,11 @@ def group() -> Iterator[None]:
         patch.setenv("DS_ACCELERATOR", "cpu")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_DEVICE_MAX_CONNECTIONS"):
             patch.setenv(name, "0")  # so that they are as before afterwards
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the models are too small for more, and other tests may be running
         with groups.joined(process, Layout()):
             yield
+        torch.set_num_threads(threads)
 
 
 def model_of(name: str, **changes: Any) -> ModelConfig:
@@ -66,7 +69,9 @@ def built(model: ModelConfig, *, seed: int = 3, **how: Any) -> tuple[Decoder, di
     return decoder, tensors
 
 
-def batch_of(model: ModelConfig, windows: int = 4, length: int = 17, slots: tuple[int, ...] | None = None) -> MicroBatch:
+def batch_of(
+    model: ModelConfig, windows: int = 4, length: int = 17, slots: tuple[int, ...] | None = None
+) -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.vocab_size, (windows, length + 1), generator=generator)
     weights = torch.rand(windows, length, generator=generator)

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.torch
 CPU = torch.device("cpu")
 
 
-def dropped(hidden: torch.Tensor, slots: tuple[int, ...], *, seed: int = 0, place: str = "x", **where: int) -> torch.Tensor:
+def dropped(
+    hidden: torch.Tensor, slots: tuple[int, ...], *, seed: int = 0, place: str = "x", **where: int
+) -> torch.Tensor:
     with windows(seed, slots):
         return dropout(hidden, 0.25, place, **where)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import worlds
+from worlds import free_port
 
-from xlmega.errors import ConfigError
+from xlmega.errors import ConfigError, RendezvousError
 from xlmega.parallel import groups
 from xlmega.parallel.groups import Process, discover, local_rank
 
@@ -98,51 +100,63 @@ def test_a_local_rank_without_gpu_says_so_itself(monkeypatch: pytest.MonkeyPatch
     assert groups.device_of(Process(2, 4, 2, "n", 1, "srun")).type == "cpu"
 
 
-# A roll call alone: it comes before megatron-core, which takes seconds to import.
-CALL = """
-import os, sys
+def roll_call(rank: int, size: int, port: int, seconds: float, *, late_seconds: float = 0.0) -> str:
+    """What a rank is told when the others do not come; '' when all have."""
+    time.sleep(late_seconds)
+    try:
+        groups._roll_call(Process(rank, size, rank, "127.0.0.1", port, "test"), seconds)
+    except RendezvousError as error:
+        return str(error)
+    return ""
+
+
+def together(*calls: tuple[int, int, int, float], late_seconds: float = 0.0) -> list[str]:
+    """The roll calls of several ranks at once, each a thread here; all but the first come late."""
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(roll_call, *call, late_seconds=late_seconds * (k > 0)) for k, call in enumerate(calls)]
+        return [rank.result(timeout=60) for rank in ranks]
+
+
+def test_all_ranks_come() -> None:
+    port = free_port()
+    assert together(*((rank, 3, port, 30.0) for rank in range(3)), late_seconds=0.3) == ["", "", ""]
+    port = free_port()
+    assert together(*((rank, 2, port, 30.0) for rank in (1, 0)), late_seconds=0.3) == ["", ""]  # rank 0 comes last
+
+
+def test_ranks_that_never_come_are_named_by_all_that_came() -> None:
+    port = free_port()
+    words = f"2 of 4 ranks did not come to 127.0.0.1:{port} in 2 s: rank 1, 3. Look at their logs, or wait longer with"
+    for said in together((0, 4, port, 2.0), (2, 4, port, 60.0)):  # rank 2 would wait longer, but it is over
+        assert said == f"{words} --rendezvous_timeout_seconds."
+
+
+def test_many_missing_ranks_are_counted() -> None:
+    (said,) = together((0, 40, free_port(), 0.2))
+    assert said.startswith("39 of 40 ranks did not come") and "rank 1, 2, 3, " in said and ", 16 ..." in said
+
+
+def test_rank_0_that_never_comes() -> None:
+    (said,) = together((1, 2, free_port(), 0.5))
+    assert said.startswith("rank 1 cannot reach rank 0 at 127.0.0.1:") and "in 0.5 s" in said and "MASTER_ADDR" in said
+
+
+@pytest.mark.multiprocess
+def test_a_port_in_use_is_one_line_and_an_exit_code() -> None:
+    command = """
+import os
 from xlmega.errors import run_main
 from xlmega.parallel import groups
-run_main(lambda: groups._roll_call(groups.discover(os.environ), float(sys.argv[1])) and None)
+run_main(lambda: groups._roll_call(groups.discover(os.environ), 5.0) and None)
 """
-
-
-def start(rank: int, size: int, port: int, seconds: float) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
-    environment |= {
-        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", CALL, str(seconds)], env=environment, text=True, stderr=subprocess.PIPE
-    )
-
-
-@pytest.mark.multiprocess
-def test_ranks_that_never_come_are_named_and_a_lone_one_gives_up() -> None:
-    port = worlds.free_port()
-    ranks = [start(rank, 4, port, 10) for rank in (0, 2)]
-    lone = start(1, 2, worlds.free_port(), 1)
-    said = [one.communicate(timeout=120)[1] for one in (*ranks, lone)]
-    assert [one.returncode for one in (*ranks, lone)] == [4, 4, 4]
-    # Rank 2 may find rank 0 gone before it has counted itself; rank 0 always names who is missing.
-    assert said[0].startswith(f"RendezvousError: 2 of 4 ranks did not come to 127.0.0.1:{port} in 10 s: rank 1, 3.")
-    assert "--rendezvous_timeout_seconds" in said[0]
-    assert said[1].startswith("RendezvousError: ")
-    assert "rank 1 cannot reach rank 0" in said[2] and "in 1 s" in said[2]
-    assert [len(words.splitlines()) for words in said] == [1, 1, 1]
-
-
-@pytest.mark.multiprocess
-def test_a_port_in_use_is_one_line() -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start(0, 1, port, 5)
-        words = process.communicate(timeout=120)[1]
+        told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = subprocess.run(
+            [sys.executable, "-c", command], env={**os.environ, **told}, text=True, capture_output=True, timeout=120
+        )
     assert process.returncode == 4
-    assert words.startswith(f"RendezvousError: port {port} of this machine is in use") and "--master_port" in words
-    assert len(words.splitlines()) == 1
+    assert process.stderr.startswith(f"RendezvousError: port {port} of this machine is in use")
+    assert "--master_port" in process.stderr and len(process.stderr.splitlines()) == 1

@@ -68,7 +68,8 @@ def test_recipes_that_cannot_be(overrides: list[str], words: str) -> None:
 def test_differences_that_matter() -> None:
     old = config.to_table(build_recipe(SMALL))
     free = {"training": {"log_every_steps": 7, "save_every_steps": 3, "keep_checkpoints": 0}, "data": {"root": "moved"}}
-    new = config.to_table(build_recipe({**SMALL, "training": {**SMALL["training"], **free["training"]}, **{"data": free["data"]}}))
+    training = {**SMALL["training"], **free["training"]}
+    new = config.to_table(build_recipe({**SMALL, "training": training, "data": free["data"]}))
     assert list(differences(old, new)) == []
     other = config.to_table(
         build_recipe({**SMALL, "training": {**SMALL["training"], "seed": 3}, "data": {"languages": {"en": 1.0}}})

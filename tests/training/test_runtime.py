@@ -114,7 +114,9 @@ def test_pairs_that_work() -> None:
     for stage in (0, 1):
         check_pair(runtime({**MICRO, "zero_optimization": {"stage": stage}}), Layout(pp=4, dp=2))
     for stage in (1, 2, 3):
-        check_pair(runtime({**MICRO, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}), Layout(2, 1, 2))
+        check_pair(
+            runtime({**MICRO, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}), Layout(2, 1, 2)
+        )
     for stage in (2, 3):
         zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
         check_pair(runtime({**MICRO, "zero_optimization": zero}), Layout(dp=4))

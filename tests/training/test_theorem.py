@@ -55,6 +55,14 @@ LAYOUTS: list[dict[str, Any]] = [
     {"name": "pp4_dp2", "pp": 4, "dp": 2},
 ]
 BROKEN: dict[str, Any] = {"name": "broken", "pp": 2, "broken": "_sum_tied_embedding"}
+# Dropout's masks belong to windows, not to ranks: the promise holds with it too.
+DROPOUT: dict[str, Any] = {"model": {"dropout": 0.1, "attention_dropout": 0.1}}
+DROPPED_SINGLE: dict[str, Any] = {"name": "single_dropout", **DROPOUT}
+DROPPED: list[dict[str, Any]] = [
+    {"name": "dropout_micro4_recompute", "micro": 4, "recompute": "full", **DROPOUT},
+    {"name": "dropout_tp2_pp2_interleaved_sp", "tp": 2, "pp": 2, "virtual": 2, "sp": True, **DROPOUT},
+    {"name": "dropout_tp2_dp2_zero3", "tp": 2, "dp": 2, "zero": 3, **DROPOUT},
+]
 PRESETS = ("xglm_tiny", "languini_tiny")
 
 
@@ -62,7 +70,7 @@ class World:
     """The results of every case of one preset."""
 
     def __init__(self, preset: str, folder: Path):
-        cases = [SINGLE, *LAYOUTS, *([BROKEN] if preset == PRESETS[0] else [])]
+        cases = [SINGLE, *LAYOUTS, *([BROKEN, DROPPED_SINGLE, *DROPPED] if preset == PRESETS[0] else [])]
         cases = [{**case, "preset": preset} for case in cases]
         # Largest first: then all ranks of a case have run the same cases before. ZeRO-3 numbers modules per process.
         cases.sort(key=lambda case: -trained.world_size(case))
@@ -73,18 +81,18 @@ class World:
     def tensors(self, name: str, kind: str) -> dict[str, np.ndarray]:
         return trained.assemble([self.folder / f"{name}.{kind}.{rank}.npz" for rank in range(self.sizes[name])])
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, single: str = "single") -> None:
         """Compare a case with the single process; an AssertionError names what differs."""
         for rank in range(self.sizes[name]):
             losses, norms = np.array(self.figures[rank][name]).T
-            expected_losses, expected_norms = np.array(self.figures[0]["single"]).T
+            expected_losses, expected_norms = np.array(self.figures[0][single]).T
             np.testing.assert_allclose(losses, expected_losses, rtol=2e-6, atol=0, err_msg="losses")
             np.testing.assert_allclose(norms, expected_norms, rtol=1e-5, atol=0, err_msg="gradient norms")
         for kind in ("gradient", "weight"):
-            expected, found = self.tensors("single", kind), self.tensors(name, kind)
+            expected, found = self.tensors(single, kind), self.tensors(name, kind)
             assert found.keys() == expected.keys()
             for tensor, value in expected.items():
-                # A key bias has a true gradient of zero, so its tensor's scale is that of queries, keys and values.
+                # Key biases have a true gradient of zero; their tensor's scale is that of all queries, keys and values.
                 np.testing.assert_allclose(
                     found[tensor], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=f"{kind} of {tensor}"
                 )
@@ -98,6 +106,14 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", [case["name"] for case in LAYOUTS])
 def test_layout_does_not_change_the_run(world: World, name: str) -> None:
     world.check(name)
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in DROPPED])
+def test_layout_does_not_change_dropout(world: World, name: str) -> None:
+    if name not in world.sizes:
+        pytest.skip("dropout is tried with one of the models")
+    world.check(name, "single_dropout")
+    assert world.figures[0]["single_dropout"] != world.figures[0]["single"]
 
 
 def test_clipping_was_active_and_training_moved(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,9 @@ from xlmega.weights.names import logical_shapes
 pytestmark = pytest.mark.torch
 ALL = slice(None)
 XGLM = model_config(preset="xglm_tiny", vocab_size=509)
-LANGUINI = model_config(preset="languini_tiny", num_layers=8, hidden_size=256, num_heads=4, ffn_hidden_size=1024, vocab_size=509)
+LANGUINI = model_config(
+    preset="languini_tiny", num_layers=8, hidden_size=256, num_heads=4, ffn_hidden_size=1024, vocab_size=509
+)
 WORDS = "embedding.word_embeddings.weight"
 
 
@@ -44,7 +47,7 @@ def test_every_tensor_in_shares() -> None:
             cuts = [size * k // 3 for k in range(4)]
             parts = [
                 source.read_slice(name, tuple(slice(a, b) if axis == k else ALL for k in range(len(shape))))
-                for a, b in zip(cuts, cuts[1:])
+                for a, b in itertools.pairwise(cuts)
             ]
             assert torch.equal(torch.cat(parts, axis), whole), name
 
@@ -78,5 +81,7 @@ def test_languini_divides_the_mlp_output_alone() -> None:
         ("self_attention.linear_proj.weight", 0.02),
     ):
         assert source.read_slice(f"decoder.layers.5.{name}", (ALL, ALL)).std().item() == pytest.approx(std, rel=0.02)
-    assert source.read_slice("embedding.position_embeddings.weight", (ALL, ALL)).std().item() == pytest.approx(0.02, rel=0.02)
+    assert source.read_slice("embedding.position_embeddings.weight", (ALL, ALL)).std().item() == pytest.approx(
+        0.02, rel=0.02
+    )
     assert source.read_slice("output_layer.weight", (ALL, ALL)).std().item() == pytest.approx(0.02, rel=0.02)

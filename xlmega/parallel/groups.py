@@ -129,6 +129,11 @@ def device_of(process: Process) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
+def device_name(device: torch.device) -> str:
+    """'NVIDIA H200' or 'CPU'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 @contextlib.contextmanager
 def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
     """The groups of a run for the length of a `with` block; all ranks must enter. Gives the device to work on."""
@@ -137,7 +142,7 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed guesses from what is installed, not from what there is
         stand_in_for_cuda()
         if process.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_node(process)))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node(process)))
     else:
         torch.cuda.set_device(device)
     for name, value in (("RANK", process.rank), ("WORLD_SIZE", process.world_size), ("LOCAL_RANK", process.local_rank)):
@@ -203,13 +208,19 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
         store.set(str(process.rank), socket.gethostname())
         store.add("arrived", 1)
         while store.add("arrived", 0) < process.world_size:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not store.check(["gave_up"]):
                 missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
-                raise RendezvousError(
+                store.set(
+                    "gave_up",
                     f"{len(missing)} of {process.world_size} ranks did not come to {place} in {timeout_seconds:g} s: "
                     f"rank {', '.join(map(str, missing[:16]))}{' ...' if len(missing) > 16 else ''}. "
-                    "Look at their logs, or wait longer with --rendezvous_timeout_seconds."
+                    "Look at their logs, or wait longer with --rendezvous_timeout_seconds.",
                 )
+            if store.check(["gave_up"]):  # one that gives up ends the run: all say why
+                words = store.get("gave_up").decode()
+                if process.rank == 0:
+                    time.sleep(0.5)  # the store is here, and the others are reading it
+                raise RendezvousError(words)
             time.sleep(0.05)
     except dist.DistError:
         raise RendezvousError(

@@ -155,9 +155,13 @@ def _agree_or_raise(problem: str, what: str) -> None:
         raise CheckpointError(f"{what}: {'; '.join(found[:4])}. The checkpoints before it are untouched.")
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0 keeps all); one process calls it."""
-    found = list_checkpoints(run)
+def prune(run: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, just saved (0 keeps all); one process calls it.
+
+    Later ones are damaged: the run was resumed before them and will write them again. They are not counted, or a
+    damaged one would be kept in place of the good one.
+    """
+    found = [one for one in list_checkpoints(run) if one <= step]
     for step in found[: max(0, len(found) - keep)] if keep else ():
         shutil.rmtree(folder_of(run, step), ignore_errors=True)
 

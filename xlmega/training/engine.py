@@ -66,11 +66,6 @@ def _deepspeed(device: torch.device, precision: str) -> Any:
     return deepspeed
 
 
-def device_name(device: torch.device) -> str:
-    """'NVIDIA H200' or 'CPU'."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 @dataclass(frozen=True)
 class Report:
     """What a pass over a batch found, summed over all ranks."""

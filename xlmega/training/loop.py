@@ -76,7 +76,7 @@ def _save(run: Run, engine: Engine, metrics: Metrics | None, step: int) -> None:
     }
     folder = checkpoint.save(engine, run.output, step, {"tokens": tokens, "tokens_by_language": languages})
     if metrics:
-        checkpoint.prune(run.output, run.recipe.training.keep_checkpoints)
+        checkpoint.prune(run.output, run.recipe.training.keep_checkpoints, step)
         metrics.say(f"saved {folder} in {time.monotonic() - started:.1f} s")
 
 

@@ -63,7 +63,7 @@ class Metrics:
         if wandb_project:
             self._trackers.append(_Wandb(wandb_project, run, settings or {}))
         if tensorboard:
-            self._trackers.append(_TensorBoard(run))
+            self._trackers.append(_TensorBoard(run, first_step))
         self._terminal = sys.stdout.isatty()
         self._open_line = False
         self._started = time.monotonic()
@@ -201,12 +201,12 @@ class _Wandb:
 
 
 class _TensorBoard:
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, first_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("--tensorboard needs the package tensorboard: pip install -e .[track]") from None
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
 
     def log(self, record: Mapping[str, Any]) -> None:
         for name, value in _flat(record).items():

@@ -77,7 +77,7 @@ def resolve(
 ) -> Run:
     """Check recipe, data, model, layout and precision against one another and open the data."""
     if not recipe.data.root:
-        raise ConfigError("the recipe has no data: give --set data.root=FOLDER, the output of tools/tokenize_corpus.py.")
+        raise ConfigError("the recipe has no data: give --set data.root=FOLDER, as tools/tokenize_corpus.py writes it.")
     check_pair(runtime, layout)
     root = Path(recipe.data.root)
     corpus = open_corpus(root, "train")
@@ -174,10 +174,14 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
         return
     if not resume:
         state = f"checkpoints of steps {list_checkpoints(output)}" if list_checkpoints(output) else "files"
-        raise CheckpointError(f"--output '{output}' is occupied: it has {state}. Go on with --resume, or choose another.")
+        raise CheckpointError(
+            f"--output '{output}' is occupied: it has {state}. Go on with --resume, or choose another."
+        )
     told = output / "run.json"
     if not told.is_file():
-        raise CheckpointError(f"--resume: '{output}' is not empty and not a run (no run.json). Choose another --output.")
+        raise CheckpointError(
+            f"--resume: '{output}' is not empty and not a run (no run.json). Choose another --output."
+        )
     try:
         before = json.loads(told.read_text(encoding="utf-8"))
         old, vocabulary, data = dict(before["recipe"]), str(before["vocabulary"]), dict(before["data"])
