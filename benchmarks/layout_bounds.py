@@ -37,9 +37,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = worlds.run(8, trained.run_cases, cases, folder=Path(folder), timeout=3000)[0]
         weights = {
-            case["name"]: trained.assemble([
-                Path(folder) / f"{case['name']}.weight.{rank}.npz" for rank in range(trained.world_size(case))
-            ])
+            case["name"]: trained.assemble(
+                [Path(folder) / f"{case['name']}.weight.{rank}.npz" for rank in range(trained.world_size(case))]
+            )
             for case in cases
         }
     single = np.array(figures["single"])

@@ -157,9 +157,7 @@ def xlmega(work: Workload, micro: int) -> Iterator[Step]:
 
     model = _xlmega_model(work)
     how = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    settings = OptimizerSettings(
-        beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, gradient_clipping=CLIPPING
-    )
+    settings = OptimizerSettings(beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY, gradient_clipping=CLIPPING)
     count = work.batch_windows // micro
     with _one_rank() as (layout, device):
         engine = Engine(

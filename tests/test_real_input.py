@@ -23,8 +23,13 @@ pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.skipif(not PYDOCS.is_dir(), reason=f"real text: {PYDOCS} is not there"),
 ]
-SHORT = ("training.total_steps=30", "training.validation_windows=4", "training.validate_every_steps=0",
-         "optimizer.warmup_steps=5", "training.save_every_steps=0")
+SHORT = (
+    "training.total_steps=30",
+    "training.validation_windows=4",
+    "training.validate_every_steps=0",
+    "optimizer.warmup_steps=5",
+    "training.save_every_steps=0",
+)
 LARGE_LANGUAGES = ("en", "es", "fr", "id", "it", "ja", "ko", "pl", "pt", "tr", "uk", "zh")
 
 
@@ -42,16 +47,36 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pydocs")
     # A vocabulary of a few documents of each language: the full one takes 45 s, and its size matters more than its fit.
     call("tools/train_vocabulary.py", PYDOCS / "valid", "--size", "4096", "--output", folder / "vocabulary")
-    call("tools/tokenize_corpus.py", PYDOCS / "train", "--vocabulary", folder / "vocabulary",
-         "--output", folder / "tokens")
+    call(
+        "tools/tokenize_corpus.py",
+        PYDOCS / "train",
+        "--vocabulary",
+        folder / "vocabulary",
+        "--output",
+        folder / "tokens",
+    )
     return folder / "tokens"
 
 
 def pretrain(tokens: Path, output: Path, ranks: int, ds_config: str, *layout: str) -> list[dict[str, Any]]:
     sets = [part for one in (f"data.root={tokens}", *SHORT) for part in ("--set", one)]
     launcher = Path(sys.executable).parent / "deepspeed"
-    call(launcher, "--num_gpus", str(ranks), "--master_port", str(worlds.free_port()), "xlmega/pretrain.py",
-         "--ds_config", ds_config, "--recipe", "xglm_tiny", *sets, "--output", output, *layout)
+    call(
+        launcher,
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(worlds.free_port()),
+        "xlmega/pretrain.py",
+        "--ds_config",
+        ds_config,
+        "--recipe",
+        "xglm_tiny",
+        *sets,
+        "--output",
+        output,
+        *layout,
+    )
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

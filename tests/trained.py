@@ -39,7 +39,10 @@ def engine_of(case: dict[str, Any], rank: int, folder: Path) -> Iterator[Engine]
     """The case's engine with initial weights, in a group of the world's first ranks."""
     size = world_size(case)
     chosen = layout.choose(
-        size, tp=case.get("tp", 1), pp=case.get("pp", 1), virtual_stages=case.get("virtual", 1),
+        size,
+        tp=case.get("tp", 1),
+        pp=case.get("pp", 1),
+        virtual_stages=case.get("virtual", 1),
         sequence_parallel=case.get("sp", False),
     )
     model = model_of(case)
@@ -58,11 +61,16 @@ def engine_of(case: dict[str, Any], rank: int, folder: Path) -> Iterator[Engine]
     process = groups.Process(rank, size, rank, "127.0.0.1", worlds.meet(folder, case["name"], rank), "test")
     with groups.joined(process, chosen, timeout_seconds=300) as device:
         engine = Engine(
-            model, chosen, how,
+            model,
+            chosen,
+            how,
             # Clipping is active; epsilon is large because a true gradient of zero (key biases) is only rounding.
             OptimizerSettings(gradient_clipping=0.1, epsilon=1e-4, weight_decay=0.1, beta1=0.9),
-            device=device, micro_batches=WINDOWS // (chosen.dp * micro), recompute=case.get("recompute", "none"),
-            seed=7, languages=("a", "b", "c"),
+            device=device,
+            micro_batches=WINDOWS // (chosen.dp * micro),
+            recompute=case.get("recompute", "none"),
+            seed=7,
+            languages=("a", "b", "c"),
         )
         if case.get("broken"):  # the mistake that the theorem must catch
             setattr(engine, case["broken"], lambda: None)

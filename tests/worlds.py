@@ -30,7 +30,9 @@ def run(num_ranks: int, function: Callable[..., Any], *arguments: Any, folder: P
     ranks = [
         subprocess.Popen(
             [sys.executable, str(TESTS / "worlds.py"), str(folder), str(rank)],
-            env=environment, stdout=logs[rank], stderr=subprocess.STDOUT,
+            env=environment,
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
         )
         for rank in range(num_ranks)
     ]

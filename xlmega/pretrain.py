@@ -20,7 +20,14 @@ from xlmega.training.checkpoint import newest
 from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
-    Run, check_output, create_output, data_damage, facts, first_weights, resolve, summary,
+    Run,
+    check_output,
+    create_output,
+    data_damage,
+    facts,
+    first_weights,
+    resolve,
+    summary,
 )
 from xlmega.training.runtime import read_runtime
 
@@ -37,7 +44,7 @@ def arguments() -> argparse.Namespace:
     how.add_argument("--virtual_stages", type=int, default=1, help="model chunks per pipeline rank (interleaved)")
     how.add_argument("--sequence_parallel", action="store_true")
     how.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    how.add_argument("--rendezvous_timeout_seconds", type=float, default=600.0, help="how long ranks wait for each other")
+    how.add_argument("--rendezvous_timeout_seconds", type=float, default=600.0, help="how long ranks await each other")
     how.add_argument("--master_port", type=int, help="where ranks meet; launchers have their own option")
     run = parser.add_argument_group("the run")
     run.add_argument("--output", type=Path, required=True, help="run directory")
@@ -63,12 +70,19 @@ def main() -> None:
     if args.dry_run:
         world_size = max(world_size, args.tp * args.pp) if args.world_size is None else args.world_size
     layout = choose(
-        world_size, tp=args.tp, pp=args.pp, virtual_stages=args.virtual_stages,
+        world_size,
+        tp=args.tp,
+        pp=args.pp,
+        virtual_stages=args.virtual_stages,
         sequence_parallel=args.sequence_parallel,
     )
     run = resolve(
-        read_recipe(args.recipe, args.set), read_runtime(args.ds_config), layout, args.output,
-        recompute=args.recompute, stop_at=args.stop_at,
+        read_recipe(args.recipe, args.set),
+        read_runtime(args.ds_config),
+        layout,
+        args.output,
+        recompute=args.recompute,
+        stop_at=args.stop_at,
     )
     if args.dry_run:
         first_weights(run.recipe)
@@ -77,8 +91,11 @@ def main() -> None:
     check_output(run, resume=args.resume)
     device = groups.device_of(process)
     if process.rank == 0:  # said before the imports that take seconds, so that something is seen at once
-        print(f"xlmega {__version__}: {layout.describe()}, ZeRO-{run.runtime.zero_stage}, {run.runtime.precision}, on "
-              f"{groups.device_name(device)} started by {process.launcher}; waiting for {world_size} ranks", flush=True)
+        print(
+            f"xlmega {__version__}: {layout.describe()}, {run.runtime.describe()}, on "
+            f"{groups.device_name(device)} started by {process.launcher}; waiting for {world_size} ranks",
+            flush=True,
+        )
     with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
         execute(run, process, device, args)
 
@@ -92,19 +109,24 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
 
     speaker = process.rank == 0
     say = functools.partial(print, flush=True) if speaker else lambda text: None
-    # What can still be refused comes first: a run directory that was made is occupied.
+    # What can still be refused comes before the run directory is made: once made, it is occupied.
     damaged = [words for words in groups.words_of_all(data_damage(run, process.rank, run.layout.world_size)) if words]
     if damaged:
         raise DataError(damaged[0])
     found = newest(run.output, say) if args.resume else None
     weights = None if found else first_weights(run.recipe)
-    if speaker:
-        create_output(run)
     recipe = run.recipe
     say(f"{recipe.model.num_parameters():,} parameters, {len(run.languages)} languages; {extras_in_words()}")
     engine = engines.Engine(
-        recipe.model, run.layout, run.runtime, recipe.optimizer, device=device,
-        micro_batches=run.micro_batches, recompute=run.recompute, seed=recipe.training.seed, languages=run.languages,
+        recipe.model,
+        run.layout,
+        run.runtime,
+        recipe.optimizer,
+        device=device,
+        micro_batches=run.micro_batches,
+        recompute=run.recompute,
+        seed=recipe.training.seed,
+        languages=run.languages,
     )
     if found:
         engine.write_state(found, {kind: found.moment(kind) for kind in engines.MOMENTS}, found.step)
@@ -117,13 +139,23 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
     if first_step >= run.stop_at:
         say(f"nothing to do: step {first_step} is reached, and the run ends at {run.stop_at}")
         return
-    metrics = Metrics(
-        run.output, first_step=first_step, total_steps=recipe.training.total_steps,
-        log_every_steps=recipe.training.log_every_steps,
-        flops_per_token=recipe.model.flops_per_token(recipe.data.sequence_length),
-        peak=peak_flops(groups.device_name(device), run.layout.world_size),
-        wandb_project=args.wandb, tensorboard=args.tensorboard, settings=facts(run),
-    ) if speaker else None
+    if speaker:
+        create_output(run)
+    metrics = (
+        Metrics(
+            run.output,
+            first_step=first_step,
+            total_steps=recipe.training.total_steps,
+            log_every_steps=recipe.training.log_every_steps,
+            flops_per_token=recipe.model.flops_per_token(recipe.data.sequence_length),
+            peak=peak_flops(groups.device_name(device), run.layout.world_size),
+            wandb_project=args.wandb,
+            tensorboard=args.tensorboard,
+            settings=facts(run),
+        )
+        if speaker
+        else None
+    )
     with metrics or contextlib.nullcontext():
         train(run, engine, metrics, first_step)
     say(f"done: step {run.stop_at} of {recipe.training.total_steps}; metrics and checkpoints are in '{run.output}'")

@@ -100,11 +100,14 @@ def test_a_local_rank_without_gpu_says_so_itself(monkeypatch: pytest.MonkeyPatch
     assert groups.device_of(Process(2, 4, 2, "n", 1, "srun")).type == "cpu"
 
 
+STORES: list[torch.distributed.Store] = []  # rank 0's serves the others for as long as it lives
+
+
 def roll_call(rank: int, size: int, port: int, seconds: float, *, late_seconds: float = 0.0) -> str:
     """What a rank is told when the others do not come; '' when all have."""
     time.sleep(late_seconds)
     try:
-        groups._roll_call(Process(rank, size, rank, "127.0.0.1", port, "test"), seconds)
+        STORES.append(groups._roll_call(Process(rank, size, rank, "127.0.0.1", port, "test"), seconds))
     except RendezvousError as error:
         return str(error)
     return ""

@@ -96,7 +96,6 @@ class Embedding(MegatronModule):
             hidden_LBD = dropout.dropout(hidden_LBD, p, "embedding", first_position=first, num_positions=total)
         return hidden_LBD.contiguous()
 
-
     def _sinusoids(self, like: torch.Tensor) -> torch.Tensor:
         # Made in the first pass, not at construction: there DeepSpeed (ZeRO-3) would have it computed in bf16.
         if self._sinusoids_PD is None:

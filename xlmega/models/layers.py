@@ -240,10 +240,12 @@ class CausalAttention(MegatronModule):
         for window, slot in enumerate(dropout.announced()[1] or ()):
             scores_HLL = query[window] @ key[window].transpose(-1, -2) / query.shape[-1] ** 0.5
             weights_HLL = scores_HLL.masked_fill(future_LL, float("-inf")).float().softmax(-1)
-            keep_HLL = torch.stack([
-                dropout.keep_mask((length, length), p, f"attention/{self.layer_number}/{head}", slot, query.device)
-                for head in range(first_head, first_head + heads)
-            ])
+            keep_HLL = torch.stack(
+                [
+                    dropout.keep_mask((length, length), p, f"attention/{self.layer_number}/{head}", slot, query.device)
+                    for head in range(first_head, first_head + heads)
+                ]
+            )
             mixed.append((weights_HLL * keep_HLL / (1.0 - p)).to(value.dtype) @ value[window])
         return torch.stack(mixed)
 

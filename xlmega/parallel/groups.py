@@ -119,9 +119,12 @@ def device_of(process: Process) -> torch.device:
     """The CUDA device of this process's local rank, or the CPU."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if process.local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if count == 1 and process.launcher == "srun":  # --gpus-per-task=1: each task is shown its own
+        return torch.device("cuda", 0)
+    if process.local_rank >= count:
         error = ConfigError(
-            f"local rank {process.local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
+            f"local rank {process.local_rank} has no GPU: this node shows {count}. "
             "Start at most that many ranks per node, or set DS_ACCELERATOR=cpu."
         )
         error.of_one_rank = True

@@ -32,7 +32,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from xlmega.data.batches import Batch
-from xlmega.errors import NumericsError
+from xlmega.errors import ConfigError, NumericsError
 from xlmega.models import specs
 from xlmega.models.config import ModelConfig
 from xlmega.models.decoder import Decoder, MicroBatch, build_stages
@@ -64,6 +64,20 @@ def _deepspeed(device: torch.device, precision: str) -> Any:
         accelerator.is_fp16_supported = lambda accelerator: True
         accelerator.supported_dtypes = lambda accelerator: list(DTYPES.values())
     return deepspeed
+
+
+@contextlib.contextmanager
+def _settings_refused() -> Iterator[None]:
+    """DeepSpeed checks its settings with pydantic; what it says of them is a user's error."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']} (given: {one['input']!r})" for one in error.errors()
+        )
+        raise ConfigError(f"DeepSpeed refuses its settings. {'; '.join(problems)}.") from None
 
 
 @dataclass(frozen=True)
@@ -106,15 +120,16 @@ class Engine:
         config = specs.transformer_config(model, layout, dtype=dtype, on_cpu=device.type == "cpu")
         deepspeed = _deepspeed(device, runtime.precision)
         settings = runtime.for_deepspeed(gradient_clipping=optimizer.gradient_clipping, micro_batches=micro_batches)
-        # ZeRO-3 cuts each parameter as soon as it is made: the whole model never lies on one rank.
-        cut = runtime.zero_stage == 3
-        with deepspeed.zero.Init(
-            data_parallel_group=parallel_state.get_data_parallel_group(),
-            config_dict_or_path=settings,  # its dtype= means bf16 on a CPU, whatever is given (DeepSpeed 0.19.8)
-            mpu=Mpu(),
-        ) if cut else contextlib.nullcontext():
+        building: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if runtime.zero_stage == 3:
+            # It cuts each parameter as soon as it is made: the whole model never lies on one rank. (Its dtype= means
+            # bf16 on a CPU, whatever is given, in DeepSpeed 0.19.8; it is right when taken from the settings.)
+            group = parallel_state.get_data_parallel_group()
+            with _settings_refused():
+                building = deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=settings, mpu=Mpu())
+        with building:
             self.stages = build_stages(model, config, recompute=recompute, dropout_seed=seed)
-        for stage in () if cut else self.stages:
+        for stage in self.stages if runtime.zero_stage < 3 else ():
             stage.to(device)
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self.shards: list[tuple[Shard, torch.nn.Parameter]] = shards_of(self.stages, model, tp_rank, layout.tp)
@@ -132,7 +147,7 @@ class Engine:
     def _initialise(self, deepspeed: Any, settings: dict[str, Any]) -> Any:
         module = self.stages[0] if len(self.stages) == 1 else torch.nn.ModuleList(self.stages)
         base = adamw(self._optimizer_settings, [(p, len(shard.shape) > 1) for shard, p in self.shards])
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures that nobody asked for
+        with contextlib.redirect_stdout(io.StringIO()), _settings_refused():  # it prints memory figures unasked
             engine, *_ = deepspeed.initialize(
                 model=module, optimizer=base, config=settings, mpu=Mpu(), dist_init_required=False
             )

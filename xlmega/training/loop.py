@@ -71,9 +71,7 @@ def _validate(sets: list[ValidationSet], engine: Engine, metrics: Metrics | None
 def _save(run: Run, engine: Engine, metrics: Metrics | None, step: int) -> None:
     started = time.monotonic()
     tokens = step * run.recipe.training.batch_windows * run.recipe.data.sequence_length
-    languages = {
-        name: count * run.recipe.data.sequence_length for name, count in run.batches(0).counts(step).items()
-    }
+    languages = {name: count * run.recipe.data.sequence_length for name, count in run.batches(0).counts(step).items()}
     folder = checkpoint.save(engine, run.output, step, {"tokens": tokens, "tokens_by_language": languages})
     if metrics:
         checkpoint.prune(run.output, run.recipe.training.keep_checkpoints, step)

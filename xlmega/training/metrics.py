@@ -88,14 +88,16 @@ class Metrics:
         """One evaluation of one named set."""
         whole = total(dict(scores))
         by_language = {language: score.table() for language, score in scores.items()}
-        self._write({
-            "step": step, "validation": name, **whole.table(), "by_language": by_language, "seconds": seconds
-        })
+        self._write({"step": step, "validation": name, **whole.table(), "by_language": by_language, "seconds": seconds})
         self._end_line()
-        figures = "  ".join(f"{name} {score.nats_per_token:.3f}/{score.bits_per_byte:.3f}" for name, score in
-                            scores.items())
-        print(f"validation '{name}' at step {step}, nats/token and bits/byte: "
-              f"all {whole.nats_per_token:.4f}/{whole.bits_per_byte:.4f}  {figures}", flush=True)
+        figures = "  ".join(
+            f"{name} {score.nats_per_token:.3f}/{score.bits_per_byte:.3f}" for name, score in scores.items()
+        )
+        print(
+            f"validation '{name}' at step {step}, nats/token and bits/byte: "
+            f"all {whole.nats_per_token:.4f}/{whole.bits_per_byte:.4f}  {figures}",
+            flush=True,
+        )
 
     def say(self, text: str) -> None:
         """A line of its own on stdout."""
@@ -190,7 +192,9 @@ class _Wandb:
             import wandb
         except ImportError:
             raise ConfigError("--wandb needs the package wandb: pip install -e .[track]") from None
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        # Without a key wandb would ask for one and wait; its own look-up of the key is on its way out (0.31).
+        key = os.environ.get("WANDB_API_KEY") or getattr(getattr(wandb, "api", None), "api_key", None)
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
         self._run = wandb.init(project=project, name=run.name, dir=str(run), config=dict(settings), mode=mode)
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -105,9 +105,7 @@ def resolve(
             f"training.total_steps={total_steps} x batch_windows={recipe.training.batch_windows} is more windows than "
             f"can be numbered ({MAX_SIZE}). Lower either."
         )
-    run = Run(
-        recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at or total_steps
-    )
+    run = Run(recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at or total_steps)
     batches = run.batches(0)
     check_interleaving(layout, batches.micro_batches)
     validation_sets(root, recipe.data, recipe.training.validation_windows)  # that they open, before anything starts
@@ -190,7 +188,8 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
     changed = list(differences(old, config.to_table(run.recipe)))
     if changed:
         raise ConfigError(
-            f"--resume: '{output}' was started with another recipe:\n  " + "\n  ".join(changed)
+            f"--resume: '{output}' was started with another recipe:\n  "
+            + "\n  ".join(changed)
             + "\n  Give the same recipe and --set, or start a new run with init.weights set to this one."
         )
     if vocabulary != run.vocabulary.hash:
@@ -264,14 +263,14 @@ def _lines(run: Run) -> Iterator[str]:
     yield "recipe"
     for name, table in config.to_table(recipe).items():
         yield f"  [{name}] " + ", ".join(f"{key}={value}" for key, value in table.items())
-    yield f"layout: {run.layout.describe()}, {run.layout.world_size} ranks, ZeRO-{run.runtime.zero_stage}, " \
-          f"{run.runtime.precision}, {run.micro_batches} micro-batches of {run.runtime.micro_batch_windows} windows, " \
-          f"recompute {run.recompute}"
+    how = f"{run.layout.describe()}, {run.layout.world_size} ranks, {run.runtime.describe()}"
+    step = f"{run.micro_batches} micro-batches of {run.runtime.micro_batch_windows} windows"
+    yield f"layout: {how}, {step}, recompute {run.recompute}"
     yield f"model: {model.num_parameters():,} parameters ({model.preset or model.family}, {model.vocab_size:,} ids)"
     yield "memory of the fullest rank, estimated:"
     parts = memory(run)
-    yield "  " + ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items()) \
-        + f"; together {sum(parts.values()) / 2**20:,.0f} MiB, without what Python and its libraries take"
+    by_part = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
+    yield f"  {by_part}; together {sum(parts.values()) / 2**20:,.0f} MiB, without what Python and its libraries take"
     batches = run.batches(0)
     steps, length = recipe.training.total_steps, recipe.data.sequence_length
     counts, epochs = batches.counts(steps), batches.epochs(steps)
@@ -284,9 +283,9 @@ def _lines(run: Run) -> Iterator[str]:
             f"  {name}: {counts[name] * length:,} tokens ({100 * counts[name] / windows:.2f} %), {epochs[name]:.3f} "
             f"epochs of {available:,}{repeated}"
         )
-    for name, windows_of in validation_sets(Path(recipe.data.root), recipe.data,
-                                            recipe.training.validation_windows).items():
-        yield f"validation '{name}': " + ", ".join(f"{lang} {one.count}" for lang, one in windows_of.items()) + " windows"
+    sets = validation_sets(Path(recipe.data.root), recipe.data, recipe.training.validation_windows)
+    for name, languages in sets.items():
+        yield f"validation '{name}', windows: " + ", ".join(f"{code} {one.count}" for code, one in languages.items())
 
 
 def memory(run: Run) -> dict[str, float]:

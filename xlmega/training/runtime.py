@@ -76,6 +76,10 @@ class Runtime:
         """Megatron's schedule drives the step (stages 0 and 1); stages 2 and 3 reduce while going backward."""
         return self.zero_stage <= 1
 
+    def describe(self) -> str:
+        """'ZeRO-1, bf16'."""
+        return f"ZeRO-{self.zero_stage}, {self.precision}"
+
     def for_deepspeed(self, *, gradient_clipping: float, micro_batches: int) -> dict[str, Any]:
         """The dictionary for `deepspeed.initialize`; `micro_batches` is this rank's number of them in a step."""
         settings: dict[str, Any] = json.loads(json.dumps(self.settings))
