@@ -1,4 +1,4 @@
-"""The chunked, vocabulary-parallel loss against a plain cross-entropy over the whole logits."""
+"""The blockwise, vocabulary-parallel loss against a plain cross-entropy over the whole logits."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6)
     assert float((found.double() - expected).abs().max()) <= tolerance * scale
 
 
-@pytest.mark.parametrize("tokens_in_chunk", [1, 5, NUM_TOKENS - 1, NUM_TOKENS, 1000])
-def test_fp32_equals_cross_entropy_for_any_chunk(tokens_in_chunk: int) -> None:
+@pytest.mark.parametrize("rows_in_block", [1, 5, 19, NUM_ROWS - 1, NUM_ROWS, 1000])
+def test_fp32_equals_cross_entropy_for_any_block(rows_in_block: int) -> None:
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()
     loss, nll_N = head.weighted_loss(
-        hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=tokens_in_chunk * NUM_ROWS * 4
+        hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=rows_in_block * NUM_TOKENS * 4
     )
     loss.backward()
     for found, expected in zip((loss, nll_N, hidden_ND.grad, weight_VD.grad), _plain()):
         _close(found.detach(), expected)
 
 
-def test_a_chunk_smaller_than_one_token_still_takes_one() -> None:
+def test_a_block_smaller_than_one_row_still_takes_one() -> None:
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()
     loss, _ = head.weighted_loss(hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=1)
     _close(loss.detach(), _plain()[0])
 
 
 @pytest.mark.parametrize("rows", [1, 4, NUM_TOKENS])
-def test_cache_blocks_that_do_not_divide_a_chunk(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_for_the_cache_that_do_not_divide_the_tokens(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "CACHE_BYTES", rows * NUM_ROWS * 4)
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()
-    loss, nll_N = head.weighted_loss(hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=10 * NUM_ROWS * 4)
+    loss, nll_N = head.weighted_loss(hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=10 * NUM_TOKENS * 4)
     loss.backward()
     for found, expected in zip((loss, nll_N, hidden_ND.grad, weight_VD.grad), _plain()):
         _close(found.detach(), expected)
@@ -109,7 +109,7 @@ def test_fp16_keeps_gradients_that_its_range_would_lose() -> None:
 def test_without_gradients_only_the_nll_is_formed() -> None:
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()
     with torch.no_grad():
-        loss, nll_N = head.weighted_loss(hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=7 * NUM_ROWS * 4)
+        loss, nll_N = head.weighted_loss(hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=7 * NUM_TOKENS * 4)
     assert not loss.requires_grad
     _close(loss, _plain()[0])
     _close(nll_N, _plain()[1])
@@ -130,11 +130,11 @@ def test_very_large_logits_stay_finite() -> None:
     assert nll_N.isfinite().all() and hidden_ND.grad.isfinite().all() and weight_VD.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("tokens_in_chunk", [6, NUM_TOKENS])
-def test_bf16_is_as_near_as_its_rounding_allows(tokens_in_chunk: int) -> None:
+@pytest.mark.parametrize("rows_in_block", [6, NUM_ROWS])
+def test_bf16_is_as_near_as_its_rounding_allows(rows_in_block: int) -> None:
     hidden_ND, weight_VD, targets_N, weights_N = _inputs(torch.bfloat16)
     loss, nll_N = head.weighted_loss(
-        hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=tokens_in_chunk * NUM_ROWS * 2
+        hidden_ND, weight_VD, targets_N, weights_N, chunk_bytes=rows_in_block * NUM_TOKENS * 2
     )
     loss.backward()
     exact_ND, exact_VD = (x.detach().double().requires_grad_() for x in (hidden_ND, weight_VD))
@@ -166,8 +166,11 @@ class _Meeting:
         self._barrier.wait()
 
 
-@pytest.mark.parametrize("cuts", [(30, 27), (40, 17, 0)])  # a tiny vocabulary leaves the last rank without rows
-def test_a_vocabulary_split_over_ranks_gives_the_same(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows_in_block", [12, 1000])  # the ranks may have different numbers of blocks
+@pytest.mark.parametrize("cuts", [(30, 27), (37, 20), (40, 17, 0)])  # a tiny vocabulary leaves the last without rows
+def test_a_vocabulary_split_over_ranks_gives_the_same(
+    cuts: tuple[int, ...], rows_in_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meeting = _Meeting(len(cuts))
     monkeypatch.setattr(head.dist, "all_reduce", meeting.all_reduce)
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()
@@ -178,7 +181,13 @@ def test_a_vocabulary_split_over_ranks_gives_the_same(cuts: tuple[int, ...], mon
         rows_VD = weight_VD.detach()[first_row : first_row + cuts[rank]].clone().requires_grad_()
         mine_ND = hidden_ND.detach().clone().requires_grad_()
         loss, nll_N = head.weighted_loss(
-            mine_ND, rows_VD, targets_N, weights_N, first_row=first_row, group=meeting, chunk_bytes=6 * NUM_ROWS * 4
+            mine_ND,
+            rows_VD,
+            targets_N,
+            weights_N,
+            first_row=first_row,
+            group=meeting,
+            chunk_bytes=rows_in_block * NUM_TOKENS * 4,
         )
         loss.backward()
         found[rank] = loss.detach(), nll_N, mine_ND.grad, rows_VD.grad

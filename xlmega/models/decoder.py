@@ -199,7 +199,6 @@ class Decoder(MegatronModule):
             first_row=first_row,
             group=parallel_state.get_tensor_model_parallel_group(),
             gradient_scale=self.gradient_scale,
-            most_rows=weight.shape[0],
         )
         return loss, nll_N.view(length, batch_size).t()
 

@@ -22,8 +22,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from xlmega.models.attention import CausalAttention
 from xlmega.models.config import ModelConfig
-from xlmega.models.layers import CausalAttention, DecoderLayer, LayerNorm
+from xlmega.models.layers import DecoderLayer, LayerNorm
 from xlmega.parallel.layout import Layout
 
 

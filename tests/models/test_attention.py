@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from xlmega.models import layers  # noqa: E402
+from xlmega.models import attention  # noqa: E402
 
 
 def _exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def _both(length: int, batch: int, heads: int, width: int) -> list[tuple[torch.T
     mixed = torch.randn(length, batch, heads, 3 * width, generator=generator).bfloat16()
     gradient = torch.randn(length, batch, heads, width, generator=generator).bfloat16()
     results = []
-    for function, dtype in ((layers._BlockwiseAttention.apply, torch.bfloat16), (_exact, torch.float64)):
+    for function, dtype in ((attention._BlockwiseAttention.apply, torch.bfloat16), (_exact, torch.float64)):
         leaf = mixed.to(dtype, copy=True).requires_grad_()
         output = function(*leaf.split(width, dim=-1))
         output.backward(gradient.to(dtype))
@@ -43,7 +43,7 @@ def test_output_and_gradients_are_within_rounding_of_bf16(length: int, batch: in
 @pytest.mark.parametrize("score_bytes", [1, 4 * 128 * 200 * 2])
 def test_heads_taken_together_do_not_matter(score_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _both(200, 1, 3, 16)
-    monkeypatch.setattr(layers, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     for (found, _), (before, _) in zip(_both(200, 1, 3, 16), whole, strict=True):
         assert float((found - before).norm() / before.norm()) < 2e-3
 
@@ -51,9 +51,9 @@ def test_heads_taken_together_do_not_matter(score_bytes: int, monkeypatch: pytes
 def test_later_positions_are_not_seen() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(150, 1, 2, 16, generator=generator).bfloat16() for _ in range(3))
-    before = layers._BlockwiseAttention.apply(query, key, value)
+    before = attention._BlockwiseAttention.apply(query, key, value)
     key[140:], value[140:] = 100.0, -100.0
-    assert torch.equal(layers._BlockwiseAttention.apply(query, key, value)[:140], before[:140])
+    assert torch.equal(attention._BlockwiseAttention.apply(query, key, value)[:140], before[:140])
 
 
 def test_the_precision_of_other_products_is_left_alone() -> None:
