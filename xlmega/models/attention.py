@@ -1,8 +1,8 @@
 """Causal attention that never holds the scores of a layer.
 
 In come queries, keys and values of this rank's heads; out goes their mix. The work is torch's
-`scaled_dot_product_attention`, except in two places: a blockwise form of our own on a CPU without AMX, where torch's bf16
-kernel is slow, and a plain one with attention dropout, where masks must belong to windows and not to ranks.
+`scaled_dot_product_attention`, except in two places: a blockwise form of our own on a CPU without AMX, where torch's
+bf16 kernel is slow, and a plain one with attention dropout, where masks must belong to windows and not to ranks.
 
 Shape letters: L positions, B windows, H heads of this rank, K head_dim; N is B x H.
 """
