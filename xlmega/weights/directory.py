@@ -17,7 +17,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,6 +135,21 @@ def write_tensors(
 def shard_name(index: int, num_shards: int) -> str:
     """The file name of shard `index`, as the Hugging Face world spells it."""
     return "model.safetensors" if num_shards == 1 else f"model-{index + 1:05}-of-{num_shards:05}.safetensors"
+
+
+class TensorStore(Protocol):
+    """Named tensors that are read when asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored."""
+        ...
+
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of the tensor as stored."""
+        ...
 
 
 class TensorFolder:

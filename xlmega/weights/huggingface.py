@@ -29,6 +29,7 @@ from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.weights.directory import (
     SHARD_BYTES,
     TensorFolder,
+    TensorStore,
     cast,
     check_complete,
     check_shapes,
@@ -101,12 +102,15 @@ def export_huggingface(
 
 
 class HuggingFaceDirectory:
-    """A directory of safetensors with a config.json, as LogicalTensors in the dtype in which it is stored."""
+    """A family's tensors under its own names, as LogicalTensors in the dtype in which they are stored.
 
-    def __init__(self, folder: Path) -> None:
+    They are the safetensors beside `folder`/config.json; or `config` and `tensors` say otherwise.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig | None = None, tensors: TensorStore | None = None) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self._tensors = TensorFolder(folder)
+        self.config = read_config(folder) if config is None else config
+        self._tensors = TensorFolder(folder) if tensors is None else tensors
         self._shapes = logical_shapes(self.config)
         table = family_table(self.config)
         self._rows = {row.logical: row for row in table}
@@ -142,7 +146,10 @@ class HuggingFaceDirectory:
         return row.to_logical([self._tensors.read(self._stored[theirs]) for theirs in row.theirs]).contiguous()
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A slice of the logical tensor in fp32."""
+        """A slice of the logical tensor in fp32; only that is read where the family stores the tensor as it is."""
+        row = self._rows[name]
+        if len(row.theirs) == 1 and not row.pieces:
+            return self._tensors.read_slice(self._stored[row.theirs[0]], slices).float()
         return self.read(name)[slices].float()
 
     def read_theirs(self, name: str) -> torch.Tensor:
