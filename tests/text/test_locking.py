@@ -8,10 +8,14 @@ from xlmega.errors import DataError
 from xlmega.text.locking import locked
 
 HOLD = """
+import os
 import sys
 from pathlib import Path
 from xlmega.text.locking import locked
 with locked(Path(sys.argv[1])):
+    if not os.fork():
+        sys.stdin.read()  # an orphan, as a worker would be for a moment
+        os._exit(0)
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -27,9 +31,10 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pa
         with locked(output):
             raise AssertionError("two at once")
     holder.kill()
-    holder.communicate()
+    holder.wait()
     with locked(output):
         pass
+    holder.communicate()
     assert list((tmp_path / "deep").iterdir()) == []
 
 

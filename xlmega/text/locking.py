@@ -1,8 +1,9 @@
 """One writer at a time for an output.
 
-In: the path of an output, a folder or a file that need not exist. While the context lasts, `PATH.lock` beside it is held
-with flock; a second writer, of this or another process, is refused at once. The lock is the kernel's, so that a killed
-writer leaves none behind (on network file systems as far as they support flock); the file goes when the writer ends.
+In: the path of an output, a folder or a file that need not exist. While the context lasts, `PATH.lock` beside it is
+held with flock; a second writer, of this or another process, is refused at once. The lock is the kernel's, so that a
+killed writer leaves none behind (on network file systems as far as they support flock), and forked children do not
+inherit it; the file goes when the writer ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xlmega.errors import DataError
+
+_held: set[int] = set()
+"""Descriptors of this process's locks: a child that kept one open would keep the lock after its parent's death."""
 
 
 @contextmanager
@@ -31,9 +35,11 @@ def locked(output: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise DataError(f"'{output}' cannot be written: '{path}': {error.strerror or error}.") from None
+    _held.add(file)
     try:
         yield
     finally:
+        _held.discard(file)
         # Removed while it is held: whoever opened the old file meanwhile sees that it is not the named one any more.
         path.unlink(missing_ok=True)
         os.close(file)
@@ -55,3 +61,12 @@ def _take(path: Path) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _let_go_in_child() -> None:
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
