@@ -1,7 +1,8 @@
 """Turn a checkpoint into a Hugging Face directory (--to hf), or such a directory into logical form (--to logical).
 
-SOURCE is a run directory (its newest checkpoint), one checkpoint, a Hugging Face directory or a logical directory; its
-files show which. A recipe can start from the logical form (init.from).
+SOURCE is a run directory (its newest checkpoint), one checkpoint, a Hugging Face directory, a logical directory, or
+what other trainers save: consolidated.pt of metaseq, a .pt or .bin file, a directory of DeepSpeed. Its files show
+which. A recipe can start from the logical form (init.weights).
     python tools/convert_checkpoint.py runs/first --to hf --output exports/first --dtype bfloat16 --verify
     python tools/convert_checkpoint.py downloads/xglm-564M --to logical --output models/xglm-564m
 """
@@ -20,10 +21,11 @@ from xlmega.weights.huggingface import export_huggingface, verify_huggingface
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="run, checkpoint, Hugging Face or logical directory")
+    parser.add_argument("source", type=Path, help="a directory or file, see above")
     parser.add_argument("--to", choices=("hf", "logical"), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--config", type=Path, help="folder of the config.json of another trainer's SOURCE without one")
     parser.add_argument("--vocabulary", type=Path, help="vocabulary folder; the source's own is the default")
     parser.add_argument("--card", type=Path, help="TOML with what the model card shall say: name, data, languages, ...")
     parser.add_argument("--verify", action="store_true", help="reload the export with transformers and compare (hf)")
@@ -35,7 +37,7 @@ def main() -> None:
     if args.output.resolve() == args.source.resolve():
         raise CheckpointError(f"--output is the source itself, '{args.source}'. Choose another.")
     check_free(args.output, overwrite=args.overwrite)
-    source = open_source(args.source)
+    source = open_source(args.source, args.config)
     vocabulary = args.vocabulary or source.vocabulary_folder
     settings = {"dtype": args.dtype, "overwrite": args.overwrite, "vocabulary_folder": vocabulary}
     if args.to == "hf":

@@ -330,16 +330,31 @@ def open_run(path: Path) -> Checkpoint:
     return found
 
 
-def open_source(path: Path) -> Any:
-    """LogicalTensors with `vocabulary_folder` and `read_slice`, whatever kind of directory `path` is."""
-    if not path.is_dir():
-        raise CheckpointError(
-            f"there is no directory '{path}'. Give a run, checkpoint, Hugging Face or logical directory."
-        )
+def open_source(path: Path, config_folder: Path | None = None) -> Any:
+    """LogicalTensors with `vocabulary_folder` and `read_slice`, whatever kind of directory or file `path` is.
+
+    `config_folder` has the config.json of another trainer's files that lie without one.
+    """
     if (path / MODEL_NAME).is_file():
         return open_logical_directory(path)
+    # transformers takes seconds to import, and the files of a run need none of it.
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        from xlmega.weights.huggingface import open_huggingface
+
+        return open_huggingface(path)
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        return open_run(path)
+    from xlmega.weights.foreign import is_foreign, open_foreign
+
+    if is_foreign(path):
+        return open_foreign(path, config_folder)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no directory '{path}', and no file of torch.save either (.pt, .bin). Give a run, checkpoint, "
+            "Hugging Face or logical directory, or another trainer's files."
+        )
     if (path / "config.json").is_file():
-        from xlmega.weights.huggingface import open_huggingface  # transformers takes seconds to import
+        from xlmega.weights.huggingface import open_huggingface
 
         return open_huggingface(path)
     return open_run(path)

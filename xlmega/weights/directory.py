@@ -321,8 +321,8 @@ def _tensor_files(folder: Path) -> Sequence[Path]:
         raise CheckpointError(
             f"'{folder}' has neither model.safetensors nor {INDEX_NAME}."
             + (
-                "\n  Its pytorch_model.bin is a pickle, which is never read here; transformers' from_pretrained and"
-                " then save_pretrained write it as safetensors."
+                "\n  Its pytorch_model.bin is a pickle, which only tools/convert_checkpoint.py and"
+                " tools/consolidate_checkpoint.py open, as data."
                 if any(folder.glob("pytorch_model*.bin"))
                 else ""
             )
