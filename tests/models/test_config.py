@@ -27,6 +27,29 @@ XGLM = {
     "xglm_4.5b": 4_552_511_488,
     "xglm_7.5b": 7_492_771_840,
 }
+# The published checkpoints of the other families, padded vocabulary rows included.
+PUBLISHED = {
+    "gpt2_small": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+    "pythia_70m": 70_426_624,
+    "pythia_160m": 162_322_944,
+    "pythia_410m": 405_334_016,
+    "pythia_1b": 1_011_781_632,
+    "pythia_1.4b": 1_414_647_808,
+    "pythia_2.8b": 2_775_208_960,
+    "pythia_6.9b": 6_857_302_016,
+    "bloom_560m": 559_214_592,
+    "bloom_1b1": 1_065_314_304,
+    "bloom_1b7": 1_722_408_960,
+    "bloom_3b": 3_002_557_440,
+    "bloom_7b1": 7_069_016_064,
+    "smollm2_135m": 134_515_008,
+    "tinyllama_1.1b": 1_100_048_384,
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+}
 
 
 @pytest.mark.parametrize("preset", sorted(LANGUINI))
@@ -44,6 +67,11 @@ def test_xglm_sizes(preset: str) -> None:
     config = model_config(preset=preset)
     assert config.num_parameters() == XGLM[preset]
     assert config.embedding_scale == math.sqrt(config.hidden_size) and config.tied
+
+
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_sizes_of_the_other_families(preset: str) -> None:
+    assert model_config(preset=preset).num_parameters() == PUBLISHED[preset]
 
 
 def test_every_preset_is_a_model() -> None:
@@ -78,6 +106,13 @@ def test_a_recipe_changes_a_preset_and_what_follows_from_it() -> None:
         ({"preset": "xglm_tiny", "layernorm_epsilon": 0.0}, "layernorm_epsilon must be positive"),
         ({"preset": "xglm_tiny", "embedding_scale": -1.0}, "embedding_scale must be positive"),
         ({"preset": "xglm_tiny", "init_std": -0.1}, "init_std must not be negative"),
+        ({"preset": "llama_tiny", "num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"preset": "llama_tiny", "num_kv_heads": -1}, "num_kv_heads=-1 must divide"),
+        ({"preset": "llama_tiny", "norm_bias": True}, "norm_bias must be false"),
+        ({"preset": "llama_tiny", "rotary_base": 0.0}, "rotary_base must be positive"),
+        ({"preset": "neox_tiny", "rotary_fraction": 1.5}, r"rotary_fraction must be in \(0, 1\], but is 1.5"),
+        ({"preset": "neox_tiny", "rotary_fraction": 0.05}, "turn pairs, but rotary_fraction=0.05 of head_dim=64 is 3"),
+        ({"preset": "bloom_tiny", "rotary_base": 5.0}, "rotary_base is of rotary positions, but positions are alibi"),
         ({"preset": "xglm_tiny", "num_layer": 3}, "no key 'num_layer'. Did you mean 'num_layers'?"),
         ({"num_layers": 3}, "10 problems"),
     ],
@@ -104,6 +139,15 @@ def test_a_layout_that_does_not_fit_is_told_every_reason() -> None:
         "  sequence_parallel needs data.sequence_length=100 to be a multiple of tp=3.",
         "  data.sequence_length=100 is beyond the model's max_positions=64.",
     ]
+
+
+def test_keys_and_values_are_not_cut_finer_than_their_heads() -> None:
+    config = model_config(preset="llama_tiny")
+    check_layout(Layout(tp=2, pp=2), config, 128)
+    with pytest.raises(
+        LayoutError, match="tp=4 must divide num_heads=4, num_kv_heads=2 and ffn_hidden_size=704. tp may be 1, 2."
+    ):
+        check_layout(Layout(tp=4), config, 128)
 
 
 def test_flops_are_six_for_each_weight_and_attention() -> None:

@@ -31,6 +31,19 @@ MODELS = {
     "xglm narrow heads": {"preset": "xglm_tiny", "head_dim": 5, "embedding_scale": 3.0},
     "languini": {"preset": "languini_tiny", "max_positions": 24},
     "languini tied wide heads": {"preset": "languini_tiny", "max_positions": 24, "tied": True, "head_dim": 12},
+    "gpt no biases, scaled by layer": {
+        "preset": "gpt2_small",
+        "max_positions": 24,
+        "linear_bias": False,
+        "norm_bias": False,
+        "layer_scaled_attention": True,
+    },
+    "neox": {"preset": "neox_tiny"},
+    "neox in turn": {"preset": "neox_tiny", "parallel_residual": False, "rotary_fraction": 0.5, "rotary_base": 100.0},
+    "bloom": {"preset": "bloom_tiny"},
+    "bloom six heads": {"preset": "bloom_tiny", "num_heads": 6, "head_dim": 5},
+    "llama": {"preset": "llama_tiny"},
+    "llama one key head": {"preset": "llama_tiny", "num_kv_heads": 1, "tied": True, "linear_bias": True},
 }
 
 

@@ -1,19 +1,19 @@
-"""What a decoder is: one frozen dataclass, and presets that are plain functions returning tables.
+"""What a decoder is: one frozen dataclass, whatever its family.
 
-A recipe names a preset and may change any key: `[model] preset = "xglm_tiny"`, `num_layers = 12`. What comes out,
-together with the vocabulary's size, is all that models, exports and the planner need to know.
-Sources: XGLM, METHODS §2.10; Languini GPT, METHODS §1.6.
+A recipe names a preset (`models.presets`) and may change any key: `[model] preset = "xglm_tiny"`, `num_layers = 12`.
+What comes out, together with the vocabulary's size, is all that models, exports and the planner need to know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from xlmega import config
 from xlmega.errors import ConfigError, LayoutError, nearest
+from xlmega.models.presets import PRESETS
 from xlmega.parallel.layout import Layout, divisors, spell
 
 # Sinusoidal positions of the fairseq family start at padding_idx + 1 and XGLM's pad is 1.
@@ -22,9 +22,9 @@ XGLM_POSITION_OFFSET = 2
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder with multi-head attention, GELU and biases in every linear layer except the head."""
+    """A pre-norm decoder. Each way in which families differ is a key of its own; `family` says how it is exported."""
 
-    family: Literal["xglm", "gpt"]
+    family: Literal["xglm", "gpt", "neox", "bloom", "llama"]
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -33,12 +33,12 @@ class ModelConfig:
     """num_heads * head_dim may differ from hidden_size (Languini mini and XL)."""
     max_positions: int
     """Longest sequence; the number of rows of a learned position table."""
-    positions: Literal["sinusoidal", "learned"]
+    positions: Literal["sinusoidal", "learned", "rotary", "alibi"]
     tied: bool
     """The output head is the word embedding."""
     embedding_scale: float
     """Word embeddings are multiplied by this before positions are added."""
-    activation: Literal["gelu", "gelu_tanh"]
+    activation: Literal["gelu", "gelu_tanh", "silu"]
     preset: str = ""
     """The preset this came from, for reports only."""
     vocab_size: int = 0
@@ -47,8 +47,27 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
-    residual_init: Literal["plain", "mlp"] = "plain"
-    """'mlp' divides the std of the MLP's output projection by sqrt(2 * num_layers) (Languini)."""
+    residual_init: Literal["plain", "mlp", "both"] = "plain"
+    """'mlp' divides the std of the MLP's output projection by sqrt(2 * num_layers) (Languini); 'both' the attention's
+    too (GPT-2)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_bias: bool = True
+    """Layer norms have a bias; RMS norms never do."""
+    linear_bias: bool = True
+    """Every linear layer but the head has a bias."""
+    gated_mlp: bool = False
+    """The activation of one projection times another (SwiGLU); both are ffn_hidden_size wide."""
+    parallel_residual: bool = False
+    """x + attention(norm(x)) + mlp(norm'(x)) instead of one after the other (GPT-NeoX)."""
+    num_kv_heads: int = 0
+    """Heads of keys and values, each shared by num_heads / num_kv_heads queries; 0 takes num_heads."""
+    rotary_fraction: float = 1.0
+    """The part of each head that rotary positions turn, from its first dimension on."""
+    rotary_base: float = 10000.0
+    embedding_norm: bool = False
+    """A norm over the word embedding before the first layer (BLOOM)."""
+    layer_scaled_attention: bool = False
+    """Scores of layer n, counted from 1, are divided by n (`scale_attn_by_inverse_layer_idx`)."""
 
     def problems(self) -> Iterator[str]:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "head_dim", "max_positions"):
@@ -56,7 +75,7 @@ class ModelConfig:
                 yield f"{name} must be at least 1, but is {getattr(self, name)}."
         if self.positions == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
             yield f"hidden_size must be even and at least 4 with sinusoidal positions, but is {self.hidden_size}."
-        for name in ("embedding_scale", "layernorm_epsilon"):
+        for name in ("embedding_scale", "layernorm_epsilon", "rotary_base"):
             if getattr(self, name) <= 0.0:
                 yield f"{name} must be positive, but is {getattr(self, name)}."
         if self.init_std < 0.0:
@@ -66,80 +85,87 @@ class ModelConfig:
                 yield f"{name} must be in [0, 1), but is {getattr(self, name)}."
         if self.vocab_size < 0:
             yield f"vocab_size must be positive, or 0 for the vocabulary's own, but is {self.vocab_size}."
+        yield from self._problems_of_attention()
+        if self.norm == "rmsnorm" and self.norm_bias:
+            yield "norm_bias must be false with norm='rmsnorm', which has none."
+
+    def _problems_of_attention(self) -> Iterator[str]:
+        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
+            yield f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}, or be 0 for as many."
+        if self.positions == "rotary":
+            if not 0.0 < self.rotary_fraction <= 1.0:
+                yield f"rotary_fraction must be in (0, 1], but is {self.rotary_fraction}."
+            elif self.rotary_dim < 2 or self.rotary_dim % 2:
+                yield (
+                    f"rotary positions turn pairs, but rotary_fraction={self.rotary_fraction} of "
+                    f"head_dim={self.head_dim} is {self.rotary_dim} dimensions."
+                )
+        else:
+            for name, default in (("rotary_fraction", 1.0), ("rotary_base", 10000.0)):
+                if getattr(self, name) != default:
+                    yield f"{name} is of rotary positions, but positions are {self.positions}."
 
     @property
     def attention_width(self) -> int:
-        """Width of the queries, keys and values over all heads."""
+        """Width of the queries over all heads."""
         return self.num_heads * self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of queries, keys and values together."""
+        return (self.num_heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head rotary positions turn."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The parameters of the norm `name` with their shapes."""
+        kinds = ("weight", "bias") if self.norm_bias else ("weight",)
+        return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters of one layer, by their names in it, in the order in which it computes.
+
+        Rows of `linear_qkv` are interleaved per head of keys: the rows of its queries, its key rows, its value rows.
+        Rows of a gated `linear_fc1` are interleaved one by one: gate, value, gate, value. So an equal part of the rows
+        is a model of its own, and tensor parallelism cuts both like any other tensor.
+        """
+        d, w, f = self.hidden_size, self.attention_width, self.ffn_hidden_size
+        return {
+            **self.norm_shapes("input_layernorm"),
+            **self._linear_shapes("self_attention.linear_qkv", self.qkv_width, d),
+            **self._linear_shapes("self_attention.linear_proj", d, w),
+            **self.norm_shapes("pre_mlp_layernorm"),
+            **self._linear_shapes("mlp.linear_fc1", (2 if self.gated_mlp else 1) * f, d),
+            **self._linear_shapes("mlp.linear_fc2", d, f),
+        }
+
+    def _linear_shapes(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (outputs, inputs)}
+        return {**weight, f"{name}.bias": (outputs,)} if self.linear_bias else weight
 
     def num_parameters(self) -> int:
         """Number of logical parameters (no padding, a tied head counted once)."""
-        d, w, f = self.hidden_size, self.attention_width, self.ffn_hidden_size
-        layer = 2 * 2 * d + (d + 1) * 3 * w + (w + 1) * d + (d + 1) * f + (f + 1) * d
+        d = self.hidden_size
+        norm = len(self.norm_shapes("")) * d
         words = self.vocab_size * d * (1 if self.tied else 2)
         positions = self.max_positions * d if self.positions == "learned" else 0
-        return words + positions + self.num_layers * layer + 2 * d
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        return words + positions + self.num_layers * layer + norm * (2 if self.embedding_norm else 1)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward for one token: 6 for each weight of a matrix product, plus
         causal attention's scores and mix. Recomputation is not counted."""
-        d, w, f = self.hidden_size, self.attention_width, self.ffn_hidden_size
-        weights = self.num_layers * (4 * d * w + 2 * d * f) + self.vocab_size * d
-        return 6.0 * weights + 6.0 * self.num_layers * w * sequence_length
-
-
-def xglm(num_layers: int, hidden_size: int, ffn_hidden_size: int, num_heads: int, **changes: Any) -> dict[str, Any]:
-    """An XGLM decoder: tied, scaled embeddings, sinusoidal positions."""
-    return {
-        "family": "xglm",
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": ffn_hidden_size,
-        "num_heads": num_heads,
-        "head_dim": hidden_size // num_heads,
-        "max_positions": 2048,
-        "positions": "sinusoidal",
-        "tied": True,
-        "embedding_scale": math.sqrt(hidden_size),
-        "activation": "gelu",
-        "dropout": 0.0,
-        **changes,
-    }
-
-
-def languini(num_layers: int, hidden_size: int, ffn_hidden_size: int, head_dim: int, num_heads: int) -> dict[str, Any]:
-    """A Languini GPT: GPT-2 with scaled embeddings, learned positions and an untied head without bias."""
-    return {
-        "family": "gpt",
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": ffn_hidden_size,
-        "num_heads": num_heads,
-        "head_dim": head_dim,
-        "max_positions": 512,
-        "positions": "learned",
-        "tied": False,
-        "embedding_scale": math.sqrt(hidden_size),
-        "activation": "gelu_tanh",
-        "residual_init": "mlp",
-    }
-
-
-PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "xglm_tiny": lambda: xglm(4, 256, 1024, 4),
-    "xglm_27m": lambda: xglm(6, 512, 2048, 8),
-    "xglm_564m": lambda: xglm(24, 1024, 4096, 16, vocab_size=256_008),
-    "xglm_1.7b": lambda: xglm(24, 2048, 8192, 16, vocab_size=256_008),
-    "xglm_2.9b": lambda: xglm(48, 2048, 8192, 16, vocab_size=256_008),
-    "xglm_4.5b": lambda: xglm(48, 2048, 16384, 16, vocab_size=256_008),
-    "xglm_7.5b": lambda: xglm(32, 4096, 16384, 32, vocab_size=256_008),
-    "languini_mini": lambda: languini(4, 512, 2048, 32, 8),
-    "languini_tiny": lambda: languini(4, 768, 3072, 64, 12),
-    "languini_small": lambda: languini(12, 768, 3072, 64, 12),
-    "languini_medium": lambda: languini(24, 1024, 4096, 64, 16),
-    "languini_large": lambda: languini(24, 1536, 6144, 96, 16),
-    "languini_xl": lambda: languini(24, 2048, 8192, 128, 24),
-}
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
+        weights = self.num_layers * layer + self.vocab_size * self.hidden_size
+        return 6.0 * weights + 6.0 * self.num_layers * self.attention_width * sequence_length
 
 
 def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,12 +207,13 @@ def check_layout(layout: Layout, model: ModelConfig, sequence_length: int) -> No
 
 def _reasons(layout: Layout, model: ModelConfig, sequence_length: int) -> Iterator[str]:
     tp, stages = layout.tp, layout.pp * layout.virtual_stages
-    if model.num_heads % tp or model.ffn_hidden_size % tp:
-        works = [t for t in divisors(model.num_heads) if model.ffn_hidden_size % t == 0]
-        yield (
-            f"tp={tp} must divide num_heads={model.num_heads} and ffn_hidden_size={model.ffn_hidden_size}. "
-            f"tp may be {spell(works)}."
-        )
+    cut = {"num_heads": model.num_heads, "num_kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if model.kv_heads == model.num_heads:
+        del cut["num_kv_heads"]
+    if any(size % tp for size in cut.values()):
+        works = divisors(math.gcd(*cut.values()))
+        *most, last = (f"{name}={size}" for name, size in cut.items())
+        yield f"tp={tp} must divide {', '.join(most)} and {last}. tp may be {spell(works)}."
     if model.num_layers % stages:
         works = divisors(model.num_layers)
         yield (

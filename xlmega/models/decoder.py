@@ -1,9 +1,10 @@
-"""XGLM and Languini GPT decoders, cut into pipeline stages, with the loss inside.
+"""Decoders of every family, cut into pipeline stages, with the loss inside.
 
 In comes a micro-batch of windows (or, on later stages, hidden states that the pipeline schedule hands over); out goes
 the weighted loss on the last stage and hidden states on the others. Parameters are named as in the whole model up to
 the stage-local layer number (`weights.shards` gives the logical names).
-Sources: METHODS §1.6 (Languini GPT), §2.10 (XGLM).
+What a model is made of stands in its ModelConfig; nothing here knows a family.
+Sources: METHODS §1.6 (Languini GPT), §2.10 (XGLM); for the others see `models.presets`.
 
 Shape letters: B windows, L positions, D hidden_size, V vocabulary, P max_positions.
 """
@@ -28,8 +29,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from xlmega.models import dropout
 from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
 from xlmega.models.head import weighted_loss
-from xlmega.models.layers import LayerNorm, sequence_share, summed_over_sequence
-from xlmega.models.specs import layer_spec
+from xlmega.models.layers import sequence_share, summed_over_sequence
+from xlmega.models.specs import layer_spec, norm_spec
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,16 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
+def build_norm(model: ModelConfig, config: TransformerConfig) -> torch.nn.Module:
+    """The model's kind of norm over the hidden size."""
+    norm: torch.nn.Module = build_module(
+        norm_spec(model), config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+    )
+    return norm
+
+
 class Embedding(MegatronModule):
-    """Word embedding (vocabulary-parallel), scaled, plus positions."""
+    """Word embedding (vocabulary-parallel), scaled; plus positions, where they are added here; normed, where it is."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig):
         super().__init__(config=config)
@@ -75,6 +84,8 @@ class Embedding(MegatronModule):
             self.position_embeddings = torch.nn.Embedding(
                 model.max_positions, model.hidden_size, dtype=config.params_dtype
             )
+        if model.embedding_norm:
+            self.layernorm = build_norm(model, config)
         self._sinusoids_PD: torch.Tensor | None = None
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -89,8 +100,10 @@ class Embedding(MegatronModule):
             positions = torch.arange(share.start, share.stop, device=tokens_BL.device)
             table_PD = summed_over_sequence(self.position_embeddings.weight, self.config)
             hidden_LBD = hidden_LBD + torch.nn.functional.embedding(positions, table_PD)[:, None]
-        else:
+        elif self.model.positions == "sinusoidal":
             hidden_LBD = hidden_LBD + self._sinusoids(hidden_LBD)[share, None]
+        if self.model.embedding_norm:
+            hidden_LBD = self.layernorm(hidden_LBD)
         if self.training and self.config.hidden_dropout:
             p = self.config.hidden_dropout
             hidden_LBD = dropout.dropout(hidden_LBD, p, "embedding", first_position=first, num_positions=total)
@@ -107,20 +120,27 @@ class Embedding(MegatronModule):
 class Block(MegatronModule):
     """The layers of one pipeline stage (or virtual stage), and the norm that follows the last of the model."""
 
-    def __init__(self, config: TransformerConfig, *, vp_stage: int | None, final_norm: bool, recompute: str):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        *,
+        vp_stage: int | None,
+        final_norm: bool,
+        recompute: str,
+    ):
         super().__init__(config=config)
         virtual, pp = config.virtual_pipeline_model_parallel_size or 1, config.pipeline_model_parallel_size
         count = config.num_layers // (pp * virtual)
         chunk = (vp_stage or 0) * pp + parallel_state.get_pipeline_model_parallel_rank()
         self.first_layer = chunk * count
         """Number of layers before this stage, over the whole model."""
+        spec = layer_spec(model, config)
         self.layers = torch.nn.ModuleList(
-            build_module(layer_spec(config), config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
+            build_module(spec, config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
             for k in range(count)
         )
-        self.final_layernorm = (
-            LayerNorm(config, config.hidden_size, eps=config.layernorm_epsilon) if final_norm else None
-        )
+        self.final_layernorm = build_norm(model, config) if final_norm else None
 
     def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
         """[L, B, D] to the same shape."""
@@ -153,7 +173,7 @@ class Decoder(MegatronModule):
         """What the caller multiplies the loss by before its backward pass (fp16 loss scaling)."""
         if pre_process:
             self.embedding = Embedding(model, config)
-        self.decoder = Block(config, vp_stage=vp_stage, final_norm=post_process, recompute=recompute)
+        self.decoder = Block(model, config, vp_stage=vp_stage, final_norm=post_process, recompute=recompute)
         self.head_copies_embedding = post_process and model.tied and not pre_process
         if post_process and (not model.tied or self.head_copies_embedding):
             rows = padded_vocabulary(model.vocab_size, config.tensor_model_parallel_size)

@@ -1,14 +1,16 @@
 """The pieces of a decoder layer that Megatron-core does not have in a form that runs everywhere.
 
-A layer norm that knows sequence parallelism without Apex or Transformer Engine, and a pre-norm layer with the residual
-adds written out and recomputation of its own. Linear layers and their tensor parallelism are Megatron-core's. Tensors
+Norms that know sequence parallelism without Apex or Transformer Engine, and a pre-norm layer with the residual adds
+written out and recomputation of its own. Linear layers and their tensor parallelism are Megatron-core's. Tensors
 are sequence-first; with sequence parallelism a rank holds L / tp positions between the tensor-parallel regions.
 
-Shape letters: L positions, B windows, D hidden_size, H heads of this rank, K head_dim, N heads of all windows.
+Shape letters: L positions, B windows, D hidden_size, F feed-forward width of this rank.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,22 +48,47 @@ def sequence_share(config: TransformerConfig, num_positions: int) -> tuple[int, 
 class LayerNorm(torch.nn.Module):
     """Layer norm over D with Megatron-core's constructor."""
 
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, bias: bool = True, **_: Any):
+        super().__init__()
+        self.config = config
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.bias: torch.nn.Parameter | None = None
+        if bias:
+            self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
+        """[L, B, D] to the same shape."""
+        weight = summed_over_sequence(self.weight, self.config)
+        bias = None if self.bias is None else summed_over_sequence(self.bias, self.config)
+        normed_LBD: torch.Tensor = F.layer_norm(hidden_LBD, weight.shape, weight, bias, self.eps)
+        return normed_LBD
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over D with Megatron-core's constructor: no mean is taken off and nothing is added."""
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.config = config
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
         """[L, B, D] to the same shape."""
         weight = summed_over_sequence(self.weight, self.config)
-        bias = summed_over_sequence(self.bias, self.config)
-        return F.layer_norm(hidden_LBD, weight.shape, weight, bias, self.eps)
+        normed_LBD: torch.Tensor = F.rms_norm(hidden_LBD, weight.shape, weight, self.eps)
+        return normed_LBD
+
+
+def gated(x_LBF: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """[L, B, 2 F], gate and value side by side in turn, to [L, B, F]: activation(gate) * value."""
+    pairs_LBF2: torch.Tensor = x_LBF.unflatten(-1, (-1, 2))
+    return activation(pairs_LBF2[..., 0]) * pairs_LBF2[..., 1]
 
 
 class DecoderLayer(MegatronModule):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel_residual` both from the same x.
 
     Recomputation is decided here: "full" keeps only the layer's input, "selective" recomputes the MLP (its 4 D wide
     activations are most of what a layer keeps once attention holds no scores).
@@ -73,11 +100,13 @@ class DecoderLayer(MegatronModule):
         submodules: TransformerLayerSubmodules,
         layer_number: int,
         recompute: str = "none",
+        parallel_residual: bool = False,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
         """Counted from 1 over the whole model."""
         self.recompute = recompute
+        self.parallel_residual = parallel_residual
         groups = ProcessGroupCollection.use_mpu_process_groups()
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
@@ -93,21 +122,24 @@ class DecoderLayer(MegatronModule):
         recompute = self.recompute if self.training and torch.is_grad_enabled() else "none"
         if recompute == "full":
             return self._recomputed(self._layer, hidden_LBD)
-        hidden_LBD = self._attend(hidden_LBD)
-        if recompute == "selective":
-            return self._recomputed(self._transform, hidden_LBD)
-        return self._transform(hidden_LBD)
+        attended_LBD = self._attend(hidden_LBD)
+        transform = (
+            functools.partial(self._recomputed, self._transform) if recompute == "selective" else self._transform
+        )
+        return transform(attended_LBD, hidden_LBD) if self.parallel_residual else transform(attended_LBD)
 
     def _layer(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
-        return self._transform(self._attend(hidden_LBD))
+        attended_LBD = self._attend(hidden_LBD)
+        return self._transform(attended_LBD, hidden_LBD if self.parallel_residual else None)
 
     def _attend(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
         output_LBD, bias_D = self.self_attention(self.input_layernorm(hidden_LBD), attention_mask=None)
         return self._add(hidden_LBD, output_LBD, bias_D, "attention_output")
 
-    def _transform(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
-        output_LBD, bias_D = self.mlp(self.pre_mlp_layernorm(hidden_LBD))
-        return self._add(hidden_LBD, output_LBD, bias_D, "mlp_output")
+    def _transform(self, residual_LBD: torch.Tensor, input_LBD: torch.Tensor | None = None) -> torch.Tensor:
+        """residual + mlp(norm(input)); the input is the residual itself unless it is given."""
+        output_LBD, bias_D = self.mlp(self.pre_mlp_layernorm(residual_LBD if input_LBD is None else input_LBD))
+        return self._add(residual_LBD, output_LBD, bias_D, "mlp_output")
 
     def _add(self, residual_LBD: torch.Tensor, output_LBD: torch.Tensor, bias_D: Any, site: str) -> torch.Tensor:
         if bias_D is not None:
@@ -120,13 +152,13 @@ class DecoderLayer(MegatronModule):
         return residual_LBD + output_LBD
 
     @staticmethod
-    def _recomputed(function: Any, hidden_LBD: torch.Tensor) -> torch.Tensor:
+    def _recomputed(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
         seed, slots = dropout.announced()
 
-        def again(hidden_LBD: torch.Tensor) -> torch.Tensor:
+        def again(*tensors: torch.Tensor) -> torch.Tensor:
             with dropout.windows(seed, slots):
-                return function(hidden_LBD)  # type: ignore[no-any-return]
+                return function(*tensors)  # type: ignore[no-any-return]
 
         # Reentrant: under ZeRO-3 a parameter has another shape when it is gathered again, which the other form refuses.
         # No generator is saved: nothing in the layer draws from one.
-        return checkpoint(again, hidden_LBD, use_reentrant=True, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)  # type: ignore[no-any-return]

@@ -22,9 +22,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from xlmega.models.attention import CausalAttention
+from xlmega.models.attention import AttentionForm, CausalAttention
 from xlmega.models.config import ModelConfig
-from xlmega.models.layers import DecoderLayer, LayerNorm
+from xlmega.models.layers import DecoderLayer, LayerNorm, RMSNorm, gated
 from xlmega.parallel.layout import Layout
 
 
@@ -52,11 +52,13 @@ def transformer_config(
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_heads,
+        num_query_groups=model.kv_heads,
+        add_bias_linear=model.linear_bias,
         kv_channels=model.head_dim,
         layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=model.dropout,
         attention_dropout=model.attention_dropout,
-        activation_func=_ACTIVATIONS[model.activation],
+        activation_func=_activation(model),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_stages if interleaved else None,
@@ -83,38 +85,62 @@ def transformer_config(
     )
 
 
-_ACTIVATIONS: dict[str, Any] = {"gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _activation(model: ModelConfig) -> Any:
+    # Megatron-core's own gating halves a rank's columns: its tensors could not be cut for another tp. Here gate and
+    # value take turns, so the gate is part of the activation and fc1 is simply twice as wide as fc2.
+    one = _ACTIVATIONS[model.activation]
+    return functools.partial(gated, activation=one) if model.gated_mlp else one
+
+
+def norm_spec(model: ModelConfig) -> ModuleSpec:
+    """A norm over the hidden size."""
+    if model.norm == "rmsnorm":
+        return ModuleSpec(module=RMSNorm)
+    return ModuleSpec(module=LayerNorm, params={"bias": model.norm_bias})
+
+
+def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     """One pre-norm decoder layer."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=_core_attention(config), linear_proj=RowParallelLinear
+            linear_qkv=ColumnParallelLinear,
+            core_attention=_core_attention(model, config),
+            linear_proj=RowParallelLinear,
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        params={"ffn_hidden_size": model.ffn_hidden_size * (2 if model.gated_mlp else 1)},
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
         module=DecoderLayer,
+        params={"parallel_residual": model.parallel_residual},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=norm_spec(model),
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=norm_spec(model),
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _core_attention(config: TransformerConfig) -> Any:
+def _core_attention(model: ModelConfig, config: TransformerConfig) -> Any:
     # Transformer Engine draws attention dropout from a generator that knows ranks: promise 1 would not hold.
-    if has_transformer_engine() and not config.attention_dropout:
+    plain = model.positions in ("sinusoidal", "learned") and not model.layer_scaled_attention
+    if has_transformer_engine() and plain and not config.attention_dropout:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-    return CausalAttention
+    return functools.partial(CausalAttention, how=AttentionForm.of(model))

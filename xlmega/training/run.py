@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -291,9 +292,15 @@ def _lines(run: Run) -> Iterator[str]:
 def memory(run: Run) -> dict[str, float]:
     """Bytes of the rank that holds most, by part: arithmetic on shapes, not a measurement."""
     model, layout, runtime = run.recipe.model, run.layout, run.runtime
+    from xlmega.models.decoder import shard_axis
+    from xlmega.models.head import CHUNK_BYTES
+
     layers = model.num_layers // layout.pp
     d, w, f = model.hidden_size, model.attention_width, model.ffn_hidden_size
-    layer = (4 * d * w + 2 * d * f + 3 * w + f) / layout.tp + 6 * d
+    layer = sum(
+        math.prod(shape) / (1 if shard_axis(name) is None else layout.tp)
+        for name, shape in model.layer_shapes().items()
+    )
     words = model.vocab_size * d / layout.tp
     ends = words * (1 if model.tied or layout.pp > 1 else 2)
     held = layers * layer + ends + (model.max_positions * d if model.positions == "learned" else 0)
@@ -302,9 +309,12 @@ def memory(run: Run) -> dict[str, float]:
     tokens = runtime.micro_batch_windows * run.recipe.data.sequence_length
     in_flight = min(layout.pp, run.micro_batches)
     # Kept for the backward pass, in values per token of a layer: norms, q k v, attention and the two MLP widths.
-    kept = {"none": 6 * d + (4 * w + 2 * f) / layout.tp, "selective": 5 * d + 4 * w / layout.tp, "full": d}
-    from xlmega.models.head import CHUNK_BYTES
-
+    attention, mlp = w + model.qkv_width, (4 if model.gated_mlp else 2) * f
+    kept = {
+        "none": 6 * d + (attention + mlp) / layout.tp,
+        "selective": 5 * d + attention / layout.tp,
+        "full": d,
+    }
     return {
         "weights": held * width / (layout.dp if runtime.zero_stage == 3 else 1),
         "master weights": 0.0 if width == 4 and runtime.zero_stage == 0 else held * 4 / shared,

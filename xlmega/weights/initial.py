@@ -14,6 +14,7 @@ import torch
 from xlmega.models.config import ModelConfig
 
 _BLOCK_ELEMENTS = 1 << 18
+_MLP_OUTPUT = ("mlp.linear_fc2.weight",)
 
 
 class InitialWeights:
@@ -47,6 +48,7 @@ class InitialWeights:
         return torch.empty(rows, columns).normal_(0.0, self._std(name), generator=generator)
 
     def _std(self, name: str) -> float:
-        if self._model.residual_init == "mlp" and name.endswith("mlp.linear_fc2.weight"):
+        smaller = {"plain": (), "mlp": _MLP_OUTPUT, "both": (*_MLP_OUTPUT, "self_attention.linear_proj.weight")}
+        if name.endswith(smaller[self._model.residual_init]):
             return self._model.init_std / math.sqrt(2 * self._model.num_layers)
         return self._model.init_std

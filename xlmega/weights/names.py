@@ -51,31 +51,18 @@ class LogicalTensors(Protocol):
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every logical parameter with its unpadded shape, in the order in which the model computes.
 
-    `linear_qkv` is interleaved per head: for each head its query rows, its key rows, its value rows.
+    How rows of `linear_qkv` and of a gated `linear_fc1` are interleaved says `ModelConfig.layer_shapes`.
     """
-    d, w, f = config.hidden_size, config.attention_width, config.ffn_hidden_size
-    shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDING: (config.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDING: (config.vocab_size, config.hidden_size)}
     if config.positions == "learned":
-        shapes[POSITION_EMBEDDING] = (config.max_positions, d)
+        shapes[POSITION_EMBEDDING] = (config.max_positions, config.hidden_size)
+    if config.embedding_norm:
+        shapes |= config.norm_shapes("embedding.layernorm")
     for layer in range(config.num_layers):
-        prefix = f"decoder.layers.{layer}."
-        shapes |= {
-            f"{prefix}input_layernorm.weight": (d,),
-            f"{prefix}input_layernorm.bias": (d,),
-            f"{prefix}self_attention.linear_qkv.weight": (3 * w, d),
-            f"{prefix}self_attention.linear_qkv.bias": (3 * w,),
-            f"{prefix}self_attention.linear_proj.weight": (d, w),
-            f"{prefix}self_attention.linear_proj.bias": (d,),
-            f"{prefix}pre_mlp_layernorm.weight": (d,),
-            f"{prefix}pre_mlp_layernorm.bias": (d,),
-            f"{prefix}mlp.linear_fc1.weight": (f, d),
-            f"{prefix}mlp.linear_fc1.bias": (f,),
-            f"{prefix}mlp.linear_fc2.weight": (d, f),
-            f"{prefix}mlp.linear_fc2.bias": (d,),
-        }
-    shapes |= {"decoder.final_layernorm.weight": (d,), "decoder.final_layernorm.bias": (d,)}
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in config.layer_shapes().items()}
+    shapes |= config.norm_shapes("decoder.final_layernorm")
     if not config.tied:
-        shapes[OUTPUT_LAYER] = (config.vocab_size, d)
+        shapes[OUTPUT_LAYER] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
