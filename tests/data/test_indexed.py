@@ -1,14 +1,22 @@
 import dataclasses
+import hashlib
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from xlmega import config
 from xlmega.data import indexed
+from xlmega.data.manifest import read_manifest, write_manifest
 from xlmega.errors import DataError
 
+NEW_IN_VERSION_2 = ("block_bytes", "bin_blocks", "idx_blocks", "document_prefix", "document_suffix")
 ABOUT = {"split": "train", "vocabulary_hash": "abc", "vocabulary_size": 300, "eod_id": 2, "utf8_bytes": 9}
 
 
@@ -121,18 +129,22 @@ def test_damage_is_found_at_open_or_by_verify(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the header is"):
         indexed.open_tokens(prefix)
     damaged(".json", whole[".json"].replace(b'"tokens": 5', b'"tokens": 6'))
+    with pytest.raises(DataError, match="its own checksum does not fit"):
+        indexed.open_tokens(prefix)
+    damaged("", b"")
+    write_manifest(tmp_path / "fr.json", dataclasses.replace(read_manifest(tmp_path / "fr.json"), tokens=6))
     with pytest.raises(DataError, match="disagree"):
         indexed.open_tokens(prefix)
-    damaged(".json", whole[".json"].replace(b'"format_version": 1', b'"format_version": 9'))
-    with pytest.raises(DataError, match="reads version 1"):
+    damaged(".json", whole[".json"].replace(b'"format_version": 2', b'"format_version": 9'))
+    with pytest.raises(DataError, match="reads version 1 and 2"):
         indexed.open_tokens(prefix)
-    for content in (b"{", b"[]", b"{}", whole[".json"].replace(b'"tokens": 5', b'"tokens": "5"')):
+    for content in (b"{", b"[]", b"{}", b"[" * 100_000, whole[".json"].replace(b'"tokens": 5', b'"tokens": "5"')):
         damaged(".json", content)
         with pytest.raises(DataError, match="is not a token manifest"):
             indexed.open_tokens(prefix)
     damaged(".bin", b"\1" + whole[".bin"][1:])
     indexed.open_tokens(prefix)
-    with pytest.raises(DataError, match=r"fr\.bin' is damaged: its sha256"):
+    with pytest.raises(DataError, match=r"fr\.bin' is damaged: bytes 0 to 10 have sha256"):
         indexed.verify(prefix)
     damaged(".idx", whole[".idx"][:-1] + b"\1")
     with pytest.raises(DataError, match=r"fr\.idx' is damaged"):
@@ -163,4 +175,95 @@ def test_a_corpus_is_every_language_of_one_vocabulary(tmp_path: Path) -> None:
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     manifest = write(tmp_path / "fr", [[5, 2]])
-    assert json.loads((tmp_path / "fr.json").read_text()) == dataclasses.asdict(manifest)
+    table = json.loads((tmp_path / "fr.json").read_text())
+    assert len(table.pop("manifest_sha256")) == 64 and table == config.to_table(manifest)
+
+
+def test_manifests_of_version_1_are_read(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "fr", [[5, 6, 2], [2]])
+    table = {
+        **{key: value for key, value in config.to_table(manifest).items() if key not in NEW_IN_VERSION_2},
+        **{
+            f"{name}_sha256": hashlib.sha256((tmp_path / f"fr.{name}").read_bytes()).hexdigest()
+            for name in ("bin", "idx")
+        },
+        "format_version": 1,
+    }
+    (tmp_path / "fr.json").write_text(json.dumps(table))
+    assert indexed.verify(tmp_path / "fr").documents == 2
+    (tmp_path / "fr.bin").write_bytes(b"\0" * 8)
+    with pytest.raises(DataError, match=r"fr\.bin' is damaged"):
+        indexed.verify(tmp_path / "fr")
+
+
+def test_one_large_file_is_verified_in_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "HASH_BLOCK_BYTES", 16)
+    manifest = write(tmp_path / "fr", [[k, 2] for k in range(20)])
+    assert len(manifest.bin_blocks) == 5 and len(manifest.idx_blocks) == -(-manifest.idx_bytes // 16)
+    shares = 5 + len(manifest.idx_blocks)
+    assert [indexed.damage([tmp_path / "fr"], k, shares) for k in range(shares)] == [""] * shares
+    content = bytearray((tmp_path / "fr.bin").read_bytes())
+    content[33] ^= 1
+    (tmp_path / "fr.bin").write_bytes(content)
+    told = [indexed.damage([tmp_path / "fr"], k, shares) for k in range(shares)]
+    assert [k for k, line in enumerate(told) if line] == [2] and "bytes 32 to 48" in told[2]
+    assert "fr.bin' is damaged" in indexed.damage([tmp_path / "fr"])
+
+
+def test_a_writer_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "HASH_BLOCK_BYTES", 16)
+    documents = [[k, *[2] * (k % 5)] for k in range(40)]
+    whole = write(tmp_path / "a" / "fr", documents)
+    for kept in (0, 1, 17, 40):
+        prefix = tmp_path / str(kept) / "fr"
+        first = indexed.IndexedWriter(prefix, "uint16")
+        for ids in documents[:kept]:
+            first.add_document(ids)
+        state = json.loads(json.dumps(first.state()))
+        for ids in documents[kept : kept + 3]:
+            first.add_document(ids)
+        first.flush()
+        second = indexed.IndexedWriter(prefix, "uint16", state)
+        for ids in documents[kept:]:
+            second.add_document(ids)
+        assert second.finish(language="fr", **ABOUT) == whole
+        for suffix in (".bin", ".idx", ".json"):
+            assert (prefix.parent / f"fr{suffix}").read_bytes() == (tmp_path / "a" / f"fr{suffix}").read_bytes()
+    (tmp_path / "0" / "fr.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="shorter than the 80 bytes"):
+        indexed.IndexedWriter(tmp_path / "0" / "fr", "uint16", {**state, "tokens": 40})
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path; import numpy as np; from xlmega.data import indexed;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "writer = indexed.IndexedWriter(Path(sys.argv[1]), 'uint16');"
+        "writer.add_document(np.zeros(600, int)); writer.flush()"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "fr")], capture_output=True, text=True)
+    assert "DataError: cannot write the tokens" in run.stderr and "File too large. Nothing was published" in run.stderr
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_change_of_a_file_gives_other_tokens(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Any bytes in place of any part of any of the three files: a DataError, or the very documents."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    documents = [[5, 6, 2], [7, 2], [2]]
+    write(folder / "fr", documents)
+    for _ in range(data.draw(st.integers(1, 3))):
+        file = folder / f"fr{data.draw(st.sampled_from(['.bin', '.idx', '.json']))}"
+        content = file.read_bytes()
+        first = data.draw(st.integers(0, len(content)))
+        last = data.draw(st.integers(first, min(len(content), first + 9)))
+        file.write_bytes(content[:first] + data.draw(st.binary(max_size=9)) + content[last:])
+    try:
+        tokens = indexed.open_tokens(folder / "fr")
+        opened = [tokens.document(k).tolist() for k in range(tokens.num_documents)]
+        assert len(opened) == tokens.num_documents == 3
+        assert sum(map(len, opened)) == len(tokens.tokens) == 6
+        indexed.verify(folder / "fr")
+    except DataError:
+        return
+    assert opened == documents

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xlmega.data import tokenizing
+from xlmega.data.manifest import read_manifest, root_of, write_manifest
 from xlmega.errors import CheckpointError, ConfigError, DataError, LayoutError, XlmegaError
 from xlmega.parallel.layout import choose
 from xlmega.text import corpus, vocabulary
@@ -100,7 +102,8 @@ def flip(path: Path, place: int) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """Another manifest, signed as if it had been written so."""
+    write_manifest(path, replace(read_manifest(path), **changes))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -114,6 +117,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest missing": (lambda root: (root / "train/qla.json").unlink(), "no manifest .*tokenise that split again"),
     "manifest no JSON": (lambda root: (root / "train/qla.json").write_text("{"), "not a token manifest"),
     "manifest binary": (lambda root: (root / "train/qla.json").write_bytes(b"\xff\xff"), "not a token manifest"),
+    "manifest changed": (lambda root: flip(root / "train/qla.json", 250), "its own checksum|not a token manifest"),
     "manifest of another count": (lambda root: rewrite(root / "train/qla.json", tokens=5), "disagree"),
     "ids beyond the vocabulary": (
         lambda root: rewrite(root / "train/qla.json", max_id=5000), "ids to 5000 .* has 800 ids. Tokenise 'qla' again"
@@ -304,7 +308,7 @@ def test_going_on_with_another_vocabulary_or_other_tokens(run: Run, other_tokens
     error = refusal(other, resume=True)
     assert isinstance(error, DataError) and "was trained with vocabulary" in str(error) and "data.root" in str(error)
     check_output(resolved(tokens, output=run.output), resume=True)  # the same tokens elsewhere
-    rewrite(tokens / "train/qla.json", bin_sha256="0" * 64)
+    rewrite(tokens / "train/qla.json", bin_sha256=root_of(("0" * 64,)), bin_blocks=("0" * 64,))
     error = refusal(resolved(tokens, output=run.output), resume=True)
     assert isinstance(error, DataError) and "was trained on other tokens of qla" in str(error)
 

@@ -4,18 +4,17 @@
 checksum, language or vocabulary; the manifest has them. Layout: `ROOT/{train,valid,...}/LANG.{bin,idx,json}` and
 `ROOT/vocabulary/`. Writing streams in constant memory, names everything `*.part` until it is whole, and puts the
 manifest in place last: a prefix without a manifest is no token file. `open_tokens` checks headers, sizes and
-manifest against each other without reading the tokens; `verify` reads and hashes all bytes.
+manifest against each other without reading the tokens; `verify` reads and hashes all bytes, and `damage` divides that
+work in blocks over as many ranks as there are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,76 +22,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xlmega import config
-from xlmega.errors import ConfigError, DataError
+from xlmega.data.manifest import (
+    DTYPE_CODES,
+    HASH_BLOCK_BYTES,
+    BlockHash,
+    Manifest,
+    read_manifest,
+    root_of,
+    write_manifest,
+)
+from xlmega.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES = {"uint16": 8, "int32": 4}
 MAX_UINT16_VOCABULARY = 65_500
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 BLOCK = 1 << 20
 """Documents (or bytes x 8) handled at once where a whole file is streamed."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the tokens of one language and split are, and what their files must look like."""
-
-    language: str
-    split: str
-    vocabulary_hash: str
-    vocabulary_size: int
-    eod_id: int
-    documents: int
-    tokens: int
-    """End-of-document tokens included."""
-    utf8_bytes: int
-    """Bytes of the text that the tokens stand for."""
-    min_id: int
-    max_id: int
-    dtype: str
-    """'uint16' or 'int32'."""
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-    format_version: int = 1
+PENDING_BYTES = 8 << 20
+"""A writer holds back at most about this much; files are open only while something is appended to them."""
 
 
 def token_dtype(vocabulary_size: int) -> str:
     """The dtype that a vocabulary's tokens are stored in."""
     return "uint16" if vocabulary_size <= MAX_UINT16_VOCABULARY else "int32"
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in the file `path` (PREFIX.json)."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        manifest = config.build(Manifest, table if isinstance(table, dict) else {}, what="manifest")
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no manifest '{path}'. Without it the tokens were never finished: tokenise that split again."
-        ) from None
-    except (ValueError, ConfigError) as error:
-        raise DataError(f"'{path}' is not a token manifest: {error} Tokenise that split again.") from None
-    if manifest.format_version != 1 or manifest.dtype not in DTYPE_CODES:
-        raise DataError(
-            f"'{path}' has format_version {manifest.format_version} and dtype '{manifest.dtype}'; "
-            "this xlmega reads version 1 with uint16 or int32. Tokenise that split again."
-        )
-    return manifest
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Put `manifest` at `path`, whole or not at all."""
-    part = _part(path)
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class IndexedTokens:
@@ -120,7 +73,8 @@ class IndexedTokens:
             _with(self.path, ".idx"), dtype="<i8", count=self.num_documents, offset=HEADER.size + 4 * self.num_documents
         )
         starts = np.append(pointers // self.tokens.itemsize, self.num_tokens)
-        if starts[0] != 0 or np.any(np.diff(starts) < 0):
+        lengths = np.fromfile(_with(self.path, ".idx"), dtype="<i4", count=self.num_documents, offset=HEADER.size)
+        if starts[0] != 0 or np.any(np.diff(starts) != lengths) or lengths.min() < 1:
             raise DataError(f"'{self.path}.idx' is damaged: its documents are not in order. Tokenise that split again.")
         return starts
 
@@ -148,7 +102,7 @@ def open_tokens(prefix: Path) -> IndexedTokens:
     sizes_agree = (
         manifest.idx_bytes == HEADER.size + 4 * documents + 8 * documents + 8 * (documents + 1)
         and manifest.bin_bytes == manifest.tokens * itemsize
-        and documents >= 1
+        and 1 <= documents <= manifest.tokens
     )
     if header != due_header or not sizes_agree:
         raise DataError(
@@ -160,15 +114,29 @@ def open_tokens(prefix: Path) -> IndexedTokens:
 
 
 def verify(prefix: Path) -> Manifest:
-    """Everything `open_tokens` checks, and that both files hash to what the manifest says."""
+    """Everything `open_tokens` checks, and that all bytes of both files hash to what the manifest says."""
     manifest = open_tokens(prefix).manifest
-    for suffix, due in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
-        if (found := _sha256(_with(prefix, suffix))) != due:
-            raise DataError(
-                f"'{prefix}{suffix}' is damaged: its sha256 is {found}, but its manifest says {due}. "
-                "Copy it again, or tokenise that split again."
-            )
+    if told := damage([prefix]):
+        raise DataError(told)
     return manifest
+
+
+def damage(prefixes: Sequence[Path], share: int = 0, shares: int = 1) -> str:
+    """What hashing finds wrong with token files, '' if nothing. Of all their blocks, each of `shares` callers reads
+    every `shares`-th, so that a single large file is no one rank's work."""
+    manifests = [(prefix, read_manifest(_with(prefix, ".json"))) for prefix in prefixes]
+    blocks = [(prefix, *block) for prefix, manifest in manifests for block in manifest.blocks()]
+    for prefix, suffix, offset, size, due in blocks[share::shares]:
+        try:
+            found = _sha256(_with(prefix, suffix), offset, size)
+        except OSError as error:
+            return f"cannot read '{prefix}{suffix}': {error.strerror or error}."
+        if found != due:
+            return (
+                f"'{prefix}{suffix}' is damaged: bytes {offset} to {offset + size} have sha256 {found}, but its "
+                f"manifest says {due}. Copy it again, or tokenise that split again."
+            )
+    return ""
 
 
 def splits(root: Path) -> list[str]:
@@ -209,21 +177,60 @@ def open_corpus(root: Path, split: str) -> dict[str, IndexedTokens]:
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin, .idx and .json. Until `finish` there are only *.part files, and they mean nothing."""
+    """Writes PREFIX.bin, .idx and .json. Until `finish` there are only *.part files, and they mean nothing.
 
-    def __init__(self, prefix: Path, dtype: str) -> None:
+    With the `state` of an earlier writer of the same prefix, it goes on from there: what was written after is cut off.
+    """
+
+    def __init__(self, prefix: Path, dtype: str, state: Mapping[str, Any] | None = None) -> None:
         if dtype not in DTYPE_CODES:
-            raise DataError(f"tokens are stored as uint16 or int32, not as '{dtype}'.")
-        prefix.parent.mkdir(parents=True, exist_ok=True)
+            raise DataError(f"tokens are stored as {', '.join(DTYPE_CODES)}, not as '{dtype}'.")
         self._prefix = prefix
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._limits = np.iinfo(self._dtype)
-        _with(prefix, ".json").unlink(missing_ok=True)  # what it described is about to be replaced
-        self._bin = _part(_with(prefix, ".bin")).open("wb")
-        self._lengths = _part(_with(prefix, ".lengths")).open("wb")
-        self._sha256 = hashlib.sha256()
+        self._pending: list[tuple[bytes, bytes]] = []  # tokens, lengths
+        self.pending_bytes = 0
+        self._closed = False
         self._documents = self._tokens = 0
         self._min_id, self._max_id = int(self._limits.max), -1
+        self._hash = BlockHash(HASH_BLOCK_BYTES)
+        with _write_errors(prefix):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            _with(prefix, ".json").unlink(missing_ok=True)  # what it described is about to be replaced
+            if state is None:
+                for suffix in (".bin", ".lengths"):
+                    _part(_with(prefix, suffix)).write_bytes(b"")
+            else:
+                self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._documents, self._tokens = int(state["documents"]), int(state["tokens"])
+        self._min_id, self._max_id = int(state["min_id"]), int(state["max_id"])
+        self._hash = BlockHash(HASH_BLOCK_BYTES, tuple(state["bin_blocks"]))
+        size = self._tokens * self._dtype.itemsize
+        bin_ = _with(self._prefix, ".bin")
+        if bin_.is_file() and not _part(bin_).exists():  # stopped between two steps of `finish`
+            bin_.replace(_part(bin_))
+        for suffix, due in ((".bin", size), (".lengths", 4 * self._documents)):
+            file = _part(_with(self._prefix, suffix))
+            if not file.is_file() or file.stat().st_size < due:
+                raise DataError(f"'{file}' is shorter than the {due} bytes that were written to it.")
+            os.truncate(file, due)
+        with _part(bin_).open("rb") as written:
+            written.seek(len(self._hash.whole) * HASH_BLOCK_BYTES)
+            while data := written.read(8 * BLOCK):
+                self._hash.update(data)
+
+    def state(self) -> dict[str, Any]:
+        """Where the writer stands, as plain JSON; everything up to here is on the disk when it returns."""
+        self.flush(sync=True)
+        return {
+            "documents": self._documents,
+            "tokens": self._tokens,
+            "min_id": self._min_id,
+            "max_id": self._max_id,
+            "bin_blocks": self._hash.whole,
+        }
 
     def add_document(self, ids: npt.ArrayLike) -> None:
         """Append one document, its end-of-document token already in it."""
@@ -246,15 +253,38 @@ class IndexedWriter:
                 "Use the dtype that token_dtype(vocabulary_size) gives."
             )
         self._min_id, self._max_id = min(self._min_id, low), max(self._max_id, high)
-        data = np.ascontiguousarray(ids, dtype=self._dtype).data.cast("B")
-        self._bin.write(data)
-        self._sha256.update(data)
-        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._pending.append((ids.astype(self._dtype).tobytes(), lengths.astype("<i4").tobytes()))
+        self.pending_bytes += len(self._pending[-1][0]) + len(self._pending[-1][1])
         self._documents += len(lengths)
         self._tokens += len(ids)
+        if self.pending_bytes > PENDING_BYTES:
+            self.flush()
+
+    def flush(self, *, sync: bool = False) -> None:
+        """Append what was held back to the *.part files."""
+        for at, suffix in enumerate((".bin", ".lengths")):
+            with _write_errors(self._prefix), _part(_with(self._prefix, suffix)).open("ab") as file:
+                for pieces in self._pending:
+                    file.write(pieces[at])
+                    if at == 0:
+                        self._hash.update(pieces[at])
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        self._pending.clear()
+        self.pending_bytes = 0
 
     def finish(
-        self, *, language: str, split: str, vocabulary_hash: str, vocabulary_size: int, eod_id: int, utf8_bytes: int
+        self,
+        *,
+        language: str,
+        split: str,
+        vocabulary_hash: str,
+        vocabulary_size: int,
+        eod_id: int,
+        utf8_bytes: int,
+        document_prefix: tuple[int, ...] = (),
+        document_suffix: tuple[int, ...] | None = None,
     ) -> Manifest:
         """Publish the files and return their manifest."""
         prefix = self._prefix
@@ -265,58 +295,87 @@ class IndexedWriter:
                 f"'{prefix}': id {self._max_id} was written, but the vocabulary has {vocabulary_size} ids, "
                 f"0 to {vocabulary_size - 1}. Was the text encoded with another vocabulary?"
             )
-        _close(self._bin)
-        self._lengths.close()
-        self._write_index()
+        self.flush(sync=True)
         idx, bin_ = _with(prefix, ".idx"), _with(prefix, ".bin")
-        manifest = Manifest(
-            language=language,
-            split=split,
-            vocabulary_hash=vocabulary_hash,
-            vocabulary_size=vocabulary_size,
-            eod_id=eod_id,
-            documents=self._documents,
-            tokens=self._tokens,
-            utf8_bytes=utf8_bytes,
-            min_id=self._min_id,
-            max_id=self._max_id,
-            dtype=self._dtype.name,
-            bin_bytes=_part(bin_).stat().st_size,
-            idx_bytes=_part(idx).stat().st_size,
-            bin_sha256=self._sha256.hexdigest(),
-            idx_sha256=_sha256(_part(idx)),
-        )
-        _part(_with(prefix, ".lengths")).unlink()
-        _part(bin_).replace(bin_)
-        _part(idx).replace(idx)
-        write_manifest(_with(prefix, ".json"), manifest)
+        with _write_errors(prefix):
+            idx_blocks = write_index(_part(idx), self._dtype.name, self._documents, self._spilled_lengths)
+            manifest = Manifest(
+                language=language,
+                split=split,
+                vocabulary_hash=vocabulary_hash,
+                vocabulary_size=vocabulary_size,
+                eod_id=eod_id,
+                documents=self._documents,
+                tokens=self._tokens,
+                utf8_bytes=utf8_bytes,
+                min_id=self._min_id,
+                max_id=self._max_id,
+                dtype=self._dtype.name,
+                bin_bytes=_part(bin_).stat().st_size,
+                idx_bytes=_part(idx).stat().st_size,
+                bin_sha256=root_of(self._hash.digests),
+                idx_sha256=root_of(idx_blocks),
+                block_bytes=HASH_BLOCK_BYTES,
+                bin_blocks=self._hash.digests,
+                idx_blocks=idx_blocks,
+                document_prefix=document_prefix,
+                document_suffix=document_suffix,
+            )
+            _part(bin_).replace(bin_)
+            _part(idx).replace(idx)
+            write_manifest(_with(prefix, ".json"), manifest)
+            _part(_with(prefix, ".lengths")).unlink()
+        self._closed = True
         return manifest
 
     def close(self) -> None:
-        """Give up: close and remove the *.part files (nothing happens after `finish`)."""
-        for file, suffix in ((self._bin, ".bin"), (self._lengths, ".lengths")):
-            file.close()
+        """Give up: remove the *.part files (nothing happens after `finish`)."""
+        self._pending.clear()
+        for suffix in () if self._closed else (".bin", ".lengths", ".idx"):
             _part(_with(self._prefix, suffix)).unlink(missing_ok=True)
-
-    def _write_index(self) -> None:
-        code, itemsize = DTYPE_CODES[self._dtype.name], self._dtype.itemsize
-        with _part(_with(self._prefix, ".idx")).open("wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, code, self._documents, self._documents + 1))
-            for lengths in self._spilled_lengths():
-                file.write(lengths.tobytes())
-            offset = 0
-            for lengths in self._spilled_lengths():
-                ends = offset + np.cumsum(lengths, dtype=np.int64)
-                file.write(((ends - lengths) * itemsize).astype("<i8").tobytes())
-                offset = int(ends[-1])
-            for first in range(0, self._documents + 1, BLOCK):
-                file.write(np.arange(first, min(first + BLOCK, self._documents + 1), dtype="<i8").tobytes())
-            _close(file)
 
     def _spilled_lengths(self) -> Iterator[npt.NDArray[np.int32]]:
         with _part(_with(self._prefix, ".lengths")).open("rb") as file:
             while data := file.read(4 * BLOCK):
                 yield np.frombuffer(data, dtype="<i4")
+
+
+def write_index(
+    path: Path, dtype: str, documents: int, lengths_of: Callable[[], Iterable[npt.NDArray[Any]]]
+) -> tuple[str, ...]:
+    """Write an .idx file for documents whose lengths `lengths_of()` streams, twice; returns its blocks' digests."""
+    digest = BlockHash(HASH_BLOCK_BYTES)
+    itemsize = np.dtype(dtype).itemsize
+    with path.open("wb") as file:
+
+        def put(data: bytes) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype], documents, documents + 1))
+        for lengths in lengths_of():
+            put(lengths.astype("<i4").tobytes())
+        offset = 0
+        for lengths in lengths_of():
+            ends = offset + np.cumsum(lengths, dtype=np.int64)
+            put(((ends - lengths) * itemsize).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for first in range(0, documents + 1, BLOCK):
+            put(np.arange(first, min(first + BLOCK, documents + 1), dtype="<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.digests
+
+
+@contextmanager
+def _write_errors(prefix: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the tokens '{prefix}': {error.strerror or error}. Nothing was published; make room, then "
+            "run the same command again."
+        ) from None
 
 
 def _with(prefix: Path, suffix: str) -> Path:
@@ -328,15 +387,12 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, offset: int, size: int) -> str:
+    """Of `size` bytes from `offset` on, or of as many as there are."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(8 * BLOCK):
+        file.seek(offset)
+        while size > 0 and (block := file.read(min(size, 8 * BLOCK))):
             digest.update(block)
+            size -= len(block)
     return digest.hexdigest()

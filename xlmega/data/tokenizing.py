@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xlmega.data.indexed import IndexedWriter, Manifest, read_manifest, token_dtype
+from xlmega.data.indexed import IndexedWriter, token_dtype
+from xlmega.data.manifest import Manifest, read_manifest
 from xlmega.errors import DataError
 from xlmega.text.corpus import CHUNK_BYTES, Document, corpus_files, read_documents, sibling_splits
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
@@ -115,6 +116,7 @@ def _tokenize_split(
                 vocabulary_size=vocabulary.size,
                 eod_id=vocabulary.eod_id,
                 utf8_bytes=utf8_bytes[language],
+                document_suffix=(vocabulary.eod_id,),
             )
             for language in sorted(writers)
         )

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from xlmega import __version__, config
 from xlmega.data.batches import Batches, validation_sets
-from xlmega.data.indexed import IndexedTokens, open_corpus, splits, verify
+from xlmega.data.indexed import IndexedTokens, damage, open_corpus, splits
 from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.models.config import check_layout
@@ -130,12 +130,7 @@ def data_damage(run: Run, share: int = 0, shares: int = 1) -> str:
     files = [
         root / split / name for split in splits(root) for name in open_corpus(root, split) if name in run.languages
     ]
-    for prefix in files[share::shares]:
-        try:
-            verify(prefix)
-        except DataError as error:
-            return str(error)
-    return ""
+    return damage(files, share, shares)
 
 
 def first_weights(recipe: Recipe) -> LogicalSource:
