@@ -10,6 +10,8 @@ from setuptools import find_packages, setup
 
 # wandb and TensorBoard are asked for by name in a run (`--wandb`, `--tensorboard`) and never otherwise imported.
 TRACK = ["wandb>=0.18", "tensorboard>=2.16"]
+# Features of languages; it imports pkg_resources, so it works beside the setuptools named below.
+TYPOLOGY = ["lang2vec>=1.1.2,<2"]
 
 setup(
     name="xlmega",
@@ -28,6 +30,8 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "numpy>=1.26,<3",
+        "scipy>=1.11",
+        "scikit-learn>=1.5",
         "zstandard>=0.22",
         "matplotlib>=3.8",
         # pkg_resources, which older plug-ins of these libraries import, went with setuptools 81.
@@ -39,8 +43,10 @@ setup(
         "mpi": ["mpi4py>=3.1"],
         "eval": ["lm_eval>=0.4.8"],
         "track": TRACK,
+        "typology": TYPOLOGY,
         "dev": [
             *TRACK,
+            *TYPOLOGY,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.17,<0.18",

@@ -1,0 +1,366 @@
+"""A split and a clusterer in, the cluster of every document out: one line a document, in files beside its own.
+
+    OUTPUT/SPLIT/SHARD/FILE.jsonl    {"sp_id": "SPLIT/SHARD/FILE.jsonl.gz|0", "cluster": 3}
+    OUTPUT/clusters.json             number of clusters, clusterer, sizes by split and language
+
+The format is the published one (METHODS §2.2), but `sp_id` is the path within the data set, so moved data keeps its
+clusters; the number is the document's place in its file, from 0. `greedy` takes the least cost. `balanced` makes the
+sizes of each split differ by at most one at nearly the least total cost: costs of all documents go to disk, prices come
+from a sample, and the documents nearest to a border, of which there are at most CANDIDATES, are divided exactly.
+
+Files are worked on in parallel, each on one thread, and appear whole; `SPLIT.part` becomes `SPLIT` when all are there.
+After an interruption the same command does what is missing. The output does not depend on workers or interruptions.
+Memory is a block of documents a worker and the candidates, whatever the split's size.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xlmega.errors import ConfigError, DataError
+from xlmega.experts.balancing import balanced_assignment, prices_for, sizes
+from xlmega.experts.clusterer import (
+    PROGRESS_SECONDS,
+    Clusterer,
+    LanguageClusterer,
+    clusterer_hash,
+    key_of,
+    load_clusterer,
+)
+from xlmega.experts.features import read_arrays, read_json, write_arrays, write_json
+from xlmega.text.corpus import SUFFIXES, Document, corpus_files, read_documents, sibling_splits, write_records
+
+FORMAT_VERSION = 1
+NAME = "clusters.json"
+BATCH_DOCUMENTS = 2000
+CANDIDATES = 200_000
+"""Documents divided exactly in memory; splits up to this size are divided at the least cost there is."""
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def assign_clusters(
+    split: Path,
+    clusterer_folder: Path,
+    output: Path,
+    *,
+    balanced: bool = False,
+    workers: int = 1,
+    only: bool = False,
+    overwrite: bool = False,
+    candidates: int = CANDIDATES,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Assign a split and, when it is called 'train', those beside it unless `only`; returns what clusters.json says."""
+    if workers < 1:
+        raise ConfigError(f"at least 1 process assigns, but {workers} were asked for.")
+    clusterer = load_clusterer(clusterer_folder)
+    if balanced and isinstance(clusterer, LanguageClusterer):
+        raise ConfigError("a language's documents all go to its cluster, so balancing cannot be. Leave it out.")
+    split = split.resolve()
+    splits = [split] if only or split.name != "train" else [split, *sibling_splits(split)]
+    pinned = {
+        "format_version": FORMAT_VERSION,
+        "num_clusters": clusterer.num_clusters,
+        "assignment": "balanced" if balanced else "greedy",
+        "clusterer": clusterer_hash(clusterer_folder),
+    }
+    table = _begun(output, pinned, overwrite)
+    for one in splits:
+        files = corpus_files(one)
+        _check_names(files)
+        listed = [[f"{file.parent.name}/{file.name}", file.stat().st_size] for file in files]
+        if one.name in table["splits"] and (output / one.name).is_dir():
+            if table["splits"][one.name]["files"] != listed:
+                raise DataError(
+                    f"'{output / one.name}' was assigned from other files than '{one}' has now. Choose another "
+                    "--output, or add --overwrite."
+                )
+            say(f"{one.name}: finished before, kept")
+            continue
+        part = output / f"{one.name}.part"
+        if part.is_dir() and not (part / "of.json").is_file():
+            shutil.rmtree(part)  # its first moment was its last
+        if part.is_dir() and read_json(part / "of.json", FORMAT_VERSION) != {**pinned, "files": listed}:
+            shutil.rmtree(part)  # begun from other files
+        part.mkdir(parents=True, exist_ok=True)
+        write_json(part / "of.json", {**pinned, "files": listed})
+        found = _assign_split(files, clusterer_folder, clusterer, part, balanced, workers, candidates, say)
+        table["splits"][one.name] = {**found, "files": listed}
+        shutil.rmtree(part / "costs", ignore_errors=True)
+        (part / "of.json").unlink()
+        write_json(output / NAME, table)  # before the name: a split without its folder is done again
+        shutil.rmtree(output / one.name, ignore_errors=True)
+        part.replace(output / one.name)
+    return table
+
+
+def read_clusters(output: Path, split: str, file: str) -> npt.NDArray[np.int64]:
+    """The clusters of a file's documents in order; `file` is 'SHARD/FILE.jsonl[.gz|.zst]'."""
+    path = output / split / _mirrored(file)
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+            if record["sp_id"] != f"{split}/{file}|{number}":
+                raise ValueError(f"sp_id is {record['sp_id']!r}")
+            found.append(int(record["cluster"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number + 1}: not the cluster of document {number} ({error}).") from None
+    return np.array(found, np.int64)
+
+
+def _begun(output: Path, pinned: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """clusters.json as it stands; refuses one of another clusterer, and an output that is something else."""
+    if output.is_file():
+        raise DataError(f"--output '{output}' is a file; clusters are a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        output.mkdir(parents=True, exist_ok=True)
+        table: dict[str, Any] = {**pinned, "splits": {}}
+        write_json(output / NAME, table)
+        return table
+    if not (output / NAME).is_file():
+        raise DataError(f"'{output}' is not empty and holds no {NAME}. Choose another --output.")
+    table = read_json(output / NAME, FORMAT_VERSION)
+    if overwrite:
+        for name in list(table.get("splits", {})):
+            shutil.rmtree(output / name, ignore_errors=True)
+        table = {**pinned, "splits": {}}
+        write_json(output / NAME, table)
+    changed = [key for key in pinned if table.get(key) != pinned[key]]
+    if changed:
+        raise DataError(
+            f"'{output}' was made with another {' and '.join(changed)} ({table.get(changed[0])}, not "
+            f"{pinned[changed[0]]}). Choose another --output, or add --overwrite."
+        )
+    return table
+
+
+def _mirrored(file: str) -> str:
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if file.endswith(suffix):
+            return file.removesuffix(suffix) + ".jsonl"
+    raise AssertionError(file)
+
+
+def _check_names(files: Sequence[Path]) -> None:
+    seen: dict[tuple[str, str], Path] = {}
+    for file in files:
+        other = seen.setdefault((file.parent.name, _mirrored(file.name)), file)
+        if other != file:
+            raise DataError(f"'{other}' and '{file}' would have one cluster file. Rename one of them.")
+
+
+# -------------------------------------------------------------------- a split
+
+
+def _assign_split(
+    files: Sequence[Path],
+    clusterer_folder: Path,
+    clusterer: Clusterer,
+    part: Path,
+    balanced: bool,
+    workers: int,
+    candidates: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    stores = [part / "costs" / file.parent.name / f"{file.name}.npz" for file in files]
+    missing = [k for k, store in enumerate(stores) if not store.is_file()]
+    name = part.stem
+    if len(missing) < len(files):
+        say(f"{name}: {len(files) - len(missing)} of {len(files)} files were done before")
+    _in_parallel([(clusterer_folder, files[k], stores[k], balanced) for k in missing], workers, name, say)
+    if balanced:
+        say(f"{name}: dividing evenly")
+        labels = _balanced_labels(stores, clusterer.num_clusters, candidates)
+    else:
+        labels = (read_arrays(store, ("labels",))["labels"] for store in stores)
+    by_language: dict[str, Counter[int]] = {}
+    for file, store, found in zip(files, stores, labels, strict=True):
+        languages = read_arrays(store, ("languages", "names"))
+        for row, code in enumerate(languages["names"]):
+            here = by_language.setdefault(str(code), Counter())
+            here.update(found[languages["languages"] == row].tolist())
+        write_records(
+            part / file.parent.name / _mirrored(file.name),
+            ({"sp_id": key_of(file, line), "cluster": int(k)} for line, k in enumerate(found)),
+        )
+    num = range(clusterer.num_clusters)
+    table = {code: [counts[k] for k in num] for code, counts in sorted(by_language.items())}
+    total = [sum(row[k] for row in table.values()) for k in num]
+    say(f"{name}: {sum(total):,} documents, sizes {' '.join(map(str, total))}")
+    return {"documents": sum(total), "sizes": total, "by_language": table}
+
+
+def _in_parallel(
+    jobs: list[tuple[Path, Path, Path, bool]], workers: int, name: str, say: Callable[[str], None]
+) -> None:
+    """Run `_cost_file` on every job in processes of one thread each."""
+    if not jobs:
+        return
+    before = {key: os.environ.get(key) for key in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # the workers' numbers must not depend on how many there are
+    told = time.monotonic()
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, _leave_with_parent, (os.getpid(),)) as pool:
+            running = [pool.submit(_cost_file, *job) for job in jobs]
+            try:
+                for done, future in enumerate(as_completed(running), start=1):
+                    documents = future.result()
+                    if time.monotonic() - told > PROGRESS_SECONDS or done == len(jobs):
+                        told = time.monotonic()
+                        say(f"{name}: {done} of {len(jobs)} files ({documents:,} documents in the last)")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that assigned clusters was killed, perhaps for memory. Run the command again: finished files "
+            "are kept. Fewer --workers need less memory."
+        ) from None
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _leave_with_parent(parent: int) -> None:
+    """A worker must not outlive the command that started it, whatever ended that."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_loaded: dict[Path, Clusterer] = {}
+
+
+def _cost_file(clusterer_folder: Path, file: Path, store: Path, balanced: bool) -> int:
+    """Write what is known of a file's documents (costs if balanced, labels, languages); returns their number."""
+    if clusterer_folder not in _loaded:
+        _loaded[clusterer_folder] = load_clusterer(clusterer_folder)
+    clusterer = _loaded[clusterer_folder]
+    costs, labels = [], []
+    codes: dict[str, int] = {}
+    languages: list[int] = []
+    for first, batch in _batches(file):
+        found = clusterer.costs(batch, [key_of(file, first + k) for k in range(len(batch))])
+        if balanced:
+            costs.append(found)
+        labels.append(np.argmin(found, axis=1))
+        languages += [codes.setdefault(document.language, len(codes)) for document in batch]
+    store.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"costs": np.concatenate([np.empty((0, clusterer.num_clusters), np.float32), *costs])} if balanced else {}
+    write_arrays(
+        store,
+        labels=np.concatenate([np.empty(0, np.int64), *labels]),
+        languages=np.array(languages, np.int32),
+        names=np.array(list(codes), np.str_),
+        **kept,
+    )
+    return len(languages)
+
+
+def _batches(file: Path) -> Iterator[tuple[int, list[Document]]]:
+    batch: list[Document] = []
+    first = 0
+    for document in read_documents(file):
+        batch.append(document)
+        if len(batch) == BATCH_DOCUMENTS:
+            yield first, batch
+            first, batch = first + len(batch), []
+    if batch:
+        yield first, batch
+
+
+# -------------------------------------------------------------------- balance over files
+
+
+def _balanced_labels(stores: Sequence[Path], num_clusters: int, candidates: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The labels of each file's documents; sizes over all files differ by at most one."""
+    lengths = [len(read_arrays(store, ("labels",))["labels"]) for store in stores]
+    total = sum(lengths)
+    if total <= candidates:
+        everything = np.concatenate([_costs(store) for store in stores])
+        labels, _ = balanced_assignment(everything)
+        yield from np.split(labels, np.cumsum(lengths)[:-1])
+        return
+    stride = -(-total // candidates)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    sample = np.concatenate(
+        [_costs(store)[-int(start) % stride :: stride] for store, start in zip(stores, starts, strict=False)]
+    )
+    capacities = sizes(total, num_clusters)
+    prices = prices_for(sample, capacities / total)
+    del sample
+    while True:
+        places, left = _candidates(stores, starts, prices, capacities, candidates)
+        if (left >= 0).all():
+            break
+        candidates *= 2  # the sample was no guide to the rest: more documents must be able to move
+    rows = np.concatenate(
+        [
+            _costs(store)[places[(places >= a) & (places < b)] - a]
+            for store, a, b in zip(stores, starts, starts[1:], strict=False)
+        ]
+    )
+    moved, _ = balanced_assignment(rows, prices, capacities=left)
+    for store, a, b in zip(stores, starts, starts[1:], strict=False):
+        labels = np.argmin(_costs(store) + prices, axis=1)
+        here = (places >= a) & (places < b)
+        labels[places[here] - a] = moved[here]
+        yield labels
+
+
+def _candidates(
+    stores: Sequence[Path],
+    starts: npt.NDArray[np.int64],
+    prices: npt.NDArray[np.float64],
+    capacities: npt.NDArray[np.int64],
+    limit: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(places of the `limit` documents nearest to a border, room that the others leave in each cluster)."""
+    places, margins, nearest = (np.empty(0, kind) for kind in (np.int64, np.float64, np.int64))
+    counts = np.zeros(len(capacities), np.int64)
+    for store, start in zip(stores, starts, strict=False):
+        priced = _costs(store) + prices
+        best = np.argmin(priced, axis=1)
+        two = np.partition(priced, 1, axis=1)
+        counts += np.bincount(best, minlength=len(capacities))
+        places = np.concatenate([places, start + np.arange(len(best))])
+        margins = np.concatenate([margins, two[:, 1] - two[:, 0]])
+        nearest = np.concatenate([nearest, best])
+        if len(places) > limit:
+            kept = np.sort(np.argpartition(margins, limit - 1)[:limit])
+            places, margins, nearest = places[kept], margins[kept], nearest[kept]
+    fixed = counts - np.bincount(nearest, minlength=len(capacities))
+    left: npt.NDArray[np.int64] = capacities - fixed
+    return places.astype(np.int64), left
+
+
+def _costs(store: Path) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = read_arrays(store, ("costs",))["costs"]
+    return found
