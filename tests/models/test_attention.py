@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from xlmega.models import attention  # noqa: E402
+from xlmega.models.positions import alibi_slopes, rotated  # noqa: E402
 
 
 def _exact(
@@ -44,20 +45,20 @@ def _both(
     [(1, 1, 1, 8), (7, 2, 3, 8), (128, 1, 2, 64), (129, 1, 2, 32), (300, 2, 3, 24)],
 )
 def test_output_and_gradients_are_within_rounding_of_bf16(length: int, batch: int, heads: int, width: int) -> None:
-    for slopes_H in (None, attention.alibi_slopes(heads)):
+    for slopes_H in (None, alibi_slopes(heads)):
         for found, exact in _both(length, batch, heads, width, slopes_H):
             assert float((found - exact).norm() / exact.norm().clamp_min(1e-9)) < 5e-3
 
 
 def test_slopes_by_eye() -> None:
-    assert attention.alibi_slopes(4).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
+    assert alibi_slopes(4).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
     # Six heads: those of four, then every second one of those of eight.
-    assert attention.alibi_slopes(6).tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    assert alibi_slopes(6).tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
 
 
 def test_rotation_by_eye() -> None:
     ones = torch.ones(3, 1, 1, 6)
-    turned = attention.rotated(ones, 4, base=100.0)
+    turned = rotated(ones, 4, base=100.0)
     assert torch.equal(turned[0], ones[0]) and torch.equal(turned[..., 4:], ones[..., 4:])
     for place, angle in ((1, 1.0), (2, 2.0)):
         expected = [math.cos(a) - math.sin(a) for a in (angle, angle / 10)]

@@ -14,7 +14,8 @@ from reference import reference_logits
 from worlds import free_port
 
 from xlmega.models.config import ModelConfig, model_config
-from xlmega.models.decoder import Decoder, MicroBatch, padded_vocabulary, shard_axis, sinusoidal_positions
+from xlmega.models.decoder import Decoder, MicroBatch, padded_vocabulary, shard_axis
+from xlmega.models.positions import sinusoidal_positions
 from xlmega.models.specs import transformer_config
 from xlmega.parallel import groups
 from xlmega.parallel.layout import Layout

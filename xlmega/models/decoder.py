@@ -11,7 +11,6 @@ Shape letters: B windows, L positions, D hidden_size, V vocabulary, P max_positi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,10 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xlmega.models import dropout
-from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
+from xlmega.models.config import ModelConfig
 from xlmega.models.head import weighted_loss
 from xlmega.models.layers import sequence_share, summed_over_sequence
+from xlmega.models.positions import sinusoidal_positions
 from xlmega.models.specs import layer_spec, norm_spec
 
 
@@ -43,15 +43,6 @@ class MicroBatch:
     """What each target counts in the loss (fp32); the step's sum of them over all ranks is the loss's unit."""
     slots: tuple[int, ...] | None = None
     """Which windows of the run these are: the keys of dropout. None where nothing is dropped (evaluation)."""
-
-
-def sinusoidal_positions(num_positions: int, width: int) -> torch.Tensor:
-    """fp32 [num_positions, width]: row p is position p + 2, sines in the first half and cosines in the second."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    places = torch.arange(num_positions, dtype=torch.float32) + XGLM_POSITION_OFFSET
-    angles = places[:, None] * frequencies[None, :]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:

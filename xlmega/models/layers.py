@@ -10,7 +10,6 @@ Shape letters: L positions, B windows, D hidden_size, F feed-forward width of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,12 +78,6 @@ class RMSNorm(torch.nn.Module):
         weight = summed_over_sequence(self.weight, self.config)
         normed_LBD: torch.Tensor = F.rms_norm(hidden_LBD, weight.shape, weight, self.eps)
         return normed_LBD
-
-
-def gated(x_LBF: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """[L, B, 2 F], gate and value side by side in turn, to [L, B, F]: activation(gate) * value."""
-    pairs_LBF2: torch.Tensor = x_LBF.unflatten(-1, (-1, 2))
-    return activation(pairs_LBF2[..., 0]) * pairs_LBF2[..., 1]
 
 
 class DecoderLayer(MegatronModule):

@@ -12,7 +12,6 @@ import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
@@ -22,9 +21,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from xlmega.models.activations import activation_of
 from xlmega.models.attention import AttentionForm, CausalAttention
 from xlmega.models.config import ModelConfig
-from xlmega.models.layers import DecoderLayer, LayerNorm, RMSNorm, gated
+from xlmega.models.layers import DecoderLayer, LayerNorm, RMSNorm
 from xlmega.parallel.layout import Layout
 
 
@@ -58,7 +58,7 @@ def transformer_config(
         layernorm_epsilon=model.layernorm_epsilon,
         hidden_dropout=model.dropout,
         attention_dropout=model.attention_dropout,
-        activation_func=_activation(model),
+        activation_func=activation_of(model),
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_stages if interleaved else None,
@@ -83,20 +83,6 @@ def transformer_config(
         persist_layer_norm=False,
         **changes,
     )
-
-
-_ACTIVATIONS: dict[str, Any] = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
-
-
-def _activation(model: ModelConfig) -> Any:
-    # Megatron-core's own gating halves a rank's columns: its tensors could not be cut for another tp. Here gate and
-    # value take turns, so the gate is part of the activation and fc1 is simply twice as wide as fc2.
-    one = _ACTIVATIONS[model.activation]
-    return functools.partial(gated, activation=one) if model.gated_mlp else one
 
 
 def norm_spec(model: ModelConfig) -> ModuleSpec:
