@@ -12,6 +12,8 @@ from setuptools import find_packages, setup
 TRACK = ["wandb>=0.18", "tensorboard>=2.16"]
 # Features of languages; it imports pkg_resources, so it works beside the setuptools named below.
 TYPOLOGY = ["lang2vec>=1.1.2,<2"]
+# Parquet, data sets of the Hugging Face hub, and language identification; each is asked for by name when it is missing.
+TEXT = ["datasets>=4", "pyarrow>=17", "py3langid>=0.4"]
 
 setup(
     name="xlmega",
@@ -42,9 +44,12 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2"],
         "mpi": ["mpi4py>=3.1"],
         "eval": ["lm_eval>=0.4.8"],
+        "text": TEXT,
+        "bitext": [*TEXT, "opustools>=1.7", "sentence-transformers>=5"],
         "track": TRACK,
         "typology": TYPOLOGY,
         "dev": [
+            *TEXT,
             *TRACK,
             *TYPOLOGY,
             "pytest>=8",
