@@ -16,8 +16,9 @@ from xlmega.text import corpus, vocabulary
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("split", type=Path, help="a folder SHARD-OR-LANGUAGE/*.jsonl[.gz|.zst], such as DATA/train")
-    parser.add_argument("--size", type=int, required=True, help="number of ids, 3 specials and 256 bytes included")
+    parser.add_argument("--size", type=int, required=True, help="number of ids, specials and 256 bytes included")
     parser.add_argument("--output", type=Path, required=True, help="the new folder")
+    parser.add_argument("--kind", choices=vocabulary.KINDS, default=vocabulary.KINDS[0])
     parser.add_argument("--character_coverage", type=float, default=0.9995, help="other characters become bytes")
     parser.add_argument("--input_sentence_size", type=int, default=2_000_000, help="lines drawn from a larger corpus")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
@@ -30,6 +31,7 @@ def main() -> None:
         (document.text for document in corpus.read_corpus(args.split)),
         args.size,
         args.output,
+        kind=args.kind,
         character_coverage=args.character_coverage,
         input_sentence_size=args.input_sentence_size,
         seed=args.seed,

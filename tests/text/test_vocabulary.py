@@ -38,7 +38,7 @@ def assert_lossless(made: Vocabulary, text: str) -> None:
     ids = made.encode(text)
     assert made.decode(ids) == text
     assert int(made.piece_bytes[ids].sum()) == len(text.encode())
-    assert not {made.pad_id, made.eod_id, vocabulary.UNK_ID} & set(ids)
+    assert not {made.pad_id, made.eod_id, made.unk_id} & set(ids)
 
 
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))

@@ -1,13 +1,21 @@
-"""Text in, a SentencePiece vocabulary out; then text to ids and back, without loss. The door of sentencepiece.
+"""A vocabulary: text to ids and back, whatever library does it, and what each id stands for.
 
-Ids: 0 `<pad>`, 1 `<unk>` (never produced), 2 `<D>` the end of a document, 3-258 the bytes, then the pieces by
-falling probability. A vocabulary is a folder: `tokenizer.model` (SentencePiece's own file), `vocabulary.json`
-(kind, size, specials, hash) and `piece_bytes.npy` (what each id stands for, in UTF-8 bytes).
+A vocabulary is a folder: the library's own file, `vocabulary.json` (kind, size, specials, hash) and `piece_bytes.npy`
+(how many UTF-8 bytes of text each id stands for). Kinds:
 
-Guaranteed for every text of Unicode characters: decode(encode(text)) == text, and the piece_bytes of its ids add up to
-its UTF-8 length. Nothing is normalised and no space is added or removed; what no piece spells is spelt in bytes. That
-includes NUL, tabs, runs of spaces and U+2581, which SentencePiece itself would return as a space. The ids of a text
-depend on that text alone, not on threads or on what is encoded with it. Training is a function of texts and settings.
+| kind | made by | ids |
+|---|---|---|
+| sentencepiece_unigram | training | 0 `<pad>`, 1 `<unk>` (never produced), 2 `<D>`, 3 to 258 the bytes, pieces |
+| sentencepiece_bpe | training | the same |
+| byte_level_bpe | training; importing such a tokenizer.json | 0 `<|endoftext|>`, bytes, pieces; the file's own |
+| sentencepiece | importing a SentencePiece model | the model's own |
+| xglm | importing XGLM's SentencePiece model | fairseq's: `<s>` `<pad>` `</s>` `<unk>`, pieces, 7 made-up words |
+| tokenizer_json | importing any other tokenizer.json | the file's own |
+
+Guaranteed of every kind: ids are those that the vocabulary's own library gives for the text, and depend on that text
+alone, not on threads or on what is encoded with it; the name of a special piece in a text is text, never the special.
+Of kinds that are `lossless` also: decode(encode(text)) == text for every text of Unicode characters, and the
+piece_bytes of its ids add up to its UTF-8 length. The others normalise, or know an unknown piece.
 """
 
 from __future__ import annotations
@@ -16,73 +24,92 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 
-from xlmega.errors import ConfigError, DataError
+from xlmega.errors import ConfigError, DataError, nearest
 
-PAD_ID, UNK_ID, EOD_ID = 0, 1, 2
-SPECIALS = {"pad": "<pad>", "unk": "<unk>", "eod": "<D>"}
-SPACE = "\u2581"
-"""What SentencePiece writes for a space in its pieces."""
-SEGMENT_CHARACTERS = 4096
-"""Texts are encoded in segments of about this length: float32 path scores lose their precision on megabytes."""
+KINDS = ("sentencepiece_unigram", "sentencepiece_bpe", "byte_level_bpe")
+"""Kinds that can be trained."""
 MAX_LINE_CHARACTERS = 4096
 """Training lines are cut here; SentencePiece drops those longer than its limit without a word."""
 Ids = npt.NDArray[np.int32]
+Specials = Mapping[str, int]
+"""Ids by role: 'eod' always, 'pad' and 'unk' where there are such."""
 
 
-class Vocabulary:
-    """A vocabulary in memory; made by `load_vocabulary` and `train_vocabulary`."""
+class Vocabulary(ABC):
+    """A vocabulary in memory; made by `load_vocabulary`, `train_vocabulary` and `import_vocabulary`."""
+
+    model_file: ClassVar[str]
+    """The name of the library's file in a vocabulary's folder."""
+    kind: str
+    size: int
+    specials: Specials
+    lossless: bool
 
     def __init__(self, model: bytes) -> None:
         self._model = model
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"not a SentencePiece model ({error}). Train or copy the vocabulary again.") from None
-        self.size: int = self._processor.get_piece_size()
-        self.eod_id, self.pad_id = EOD_ID, PAD_ID
-        specials = [self.piece(k) for k in range(min(3, self.size))]
-        byte_pieces = [self.piece(k) for k in range(3, min(259, self.size))]
-        if specials != list(SPECIALS.values()) or byte_pieces != [f"<0x{k:02X}>" for k in range(256)]:
-            raise DataError(
-                f"the SentencePiece model begins with {specials}; a vocabulary of xlmega begins with <pad>, <unk>, <D> "
-                "and the 256 bytes <0x00> to <0xFF>. Train one with tools/train_vocabulary.py."
-            )
-        # Characters that SentencePiece would not give back as they are; these go straight to byte pieces.
-        outside = SPACE if self._processor.piece_to_id(SPACE) != UNK_ID else SPACE + " "
-        self._outside = re.compile(f"[{outside}]+")
 
+    @property
+    def eod_id(self) -> int:
+        """The id that ends a document."""
+        return self.specials["eod"]
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.specials.get("pad")
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.specials.get("unk")
+
+    @abstractmethod
     def piece(self, id: int) -> str:
-        """The piece as SentencePiece spells it (spaces as U+2581)."""
-        return str(self._processor.id_to_piece(id))
+        """The piece as the library spells it (spaces as U+2581, or bytes as GPT-2 writes them)."""
 
-    def score(self, id: int) -> float:
-        """The logarithm of the piece's probability in the unigram model; 0 for specials and bytes."""
-        return float(self._processor.get_score(id))
-
+    @abstractmethod
     def text_of(self, id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; specials stand for none."""
-        return self._table[id]
 
-    @cached_property
-    def _table(self) -> list[bytes]:
-        pieces = (self.piece(k) for k in range(259, self.size))
-        return [b"", b"", b"", *(bytes([k]) for k in range(256)), *(p.replace(SPACE, " ").encode() for p in pieces)]
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
+        """The ids of each text as int32 [tokens], nothing added; threads change the speed and nothing else."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; specials give nothing, and bytes that are no UTF-8 give U+FFFD."""
+
+    @property
+    @abstractmethod
+    def byte_ids(self) -> range | list[int]:
+        """Ids of single bytes that stand in for characters without a piece."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without an end-of-document id."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def id_of(self, piece: str) -> int:
+        """The id of a piece by its own spelling, for specials named on a command line."""
+        for id in range(self.size):
+            if self.piece(id) == piece:
+                return id
+        raise ConfigError(
+            f"the vocabulary has no piece '{piece}'.{nearest(piece, [self.piece(id) for id in self.specials.values()])}"
+        )
 
     @cached_property
     def piece_bytes(self) -> npt.NDArray[np.int32]:
         """[size]: how many UTF-8 bytes of text each id stands for."""
-        return np.array([len(text) for text in self._table], dtype=np.int32)
+        return np.array([len(self.text_of(id)) for id in range(self.size)], dtype=np.int32)
 
     @cached_property
     def hash(self) -> str:
@@ -91,110 +118,87 @@ class Vocabulary:
         return hashlib.sha256(hashlib.sha256(self._model).digest() + described).hexdigest()
 
     def _description(self) -> dict[str, Any]:
-        specials = {name: {"id": id, "piece": piece} for id, (name, piece) in enumerate(SPECIALS.items())}
-        return {"format_version": 1, "kind": "sentencepiece_unigram", "size": self.size, "specials": specials}
+        specials = {name: {"id": id, "piece": self.piece(id)} for name, id in self.specials.items()}
+        return {"format_version": 1, "kind": self.kind, "size": self.size, "specials": specials}
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text, without an end-of-document id."""
-        ids: list[int] = self.encode_batch([text])[0].tolist()
-        return ids
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
-        """The ids of each text as int32 [tokens]; the threads change the speed and nothing else."""
-        segments: list[str] = []  # for SentencePiece, over all texts
-        plans: list[list[str | int]] = []  # of each text: an index into segments, or characters for byte pieces
-        for text in texts:
-            plan: list[str | int] = []
-            for part, is_outside in self._parts(text):
-                if is_outside:
-                    plan.append(part)
-                else:
-                    plan.append(len(segments))
-                    segments.append(part)
-            plans.append(plan)
-        try:
-            encoded = self._processor.encode(segments, return_type="numpy", num_threads=num_threads) if segments else []
-        except TypeError:
-            for segment in segments:
-                _check_characters(segment)
-            raise
-
-        def ids(item: str | int) -> Ids:
-            if isinstance(item, int):
-                found: Ids = encoded[item]
-                return found
-            return np.frombuffer(item.encode("utf-8"), dtype=np.uint8).astype(np.int32) + 3
-
-        return [
-            ids(plan[0]) if len(plan) == 1 else np.concatenate([np.empty(0, np.int32), *map(ids, plan)])
-            for plan in plans
-        ]
-
-    def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """The text cut into (segment, is outside SentencePiece's alphabet); a function of the text alone."""
-        for segment in segments_of(text, SEGMENT_CHARACTERS):
-            first = 0
-            if self._outside.search(segment):
-                for found in self._outside.finditer(segment):
-                    if found.start() > first:
-                        yield segment[first : found.start()], False
-                    yield found.group(), True
-                    first = found.end()
-            if first < len(segment):
-                yield segment[first:], False
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; specials give nothing, and bytes that are no UTF-8 give U+FFFD."""
-        table, parts = self._table, []
+    def _known(self, ids: Iterable[int]) -> Iterator[int]:
         for id in ids:
             if not 0 <= id < self.size:
                 raise DataError(f"id {id} is not in the vocabulary of {self.size} ids, 0 to {self.size - 1}.")
-            parts.append(table[id])
-        return b"".join(parts).decode("utf-8", errors="replace")
+            yield int(id)
 
     def save(self, folder: Path, *, overwrite: bool = False) -> None:
         """Write the folder, whole or not at all; only another vocabulary is ever overwritten."""
-        _check_output(folder, overwrite)
+        check_output(folder, overwrite)
         part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         sizes = io.BytesIO()
         np.save(sizes, self.piece_bytes, allow_pickle=False)
         described = json.dumps({**self._description(), "hash": self.hash}, indent=1) + "\n"
-        for name, content in (
-            ("tokenizer.model", self._model),
-            ("piece_bytes.npy", sizes.getvalue()),
-            ("vocabulary.json", described.encode()),
-        ):
-            with (part / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.replace(folder)
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            for name, content in (
+                (self.model_file, self._model),
+                ("piece_bytes.npy", sizes.getvalue()),
+                ("vocabulary.json", described.encode()),
+            ):
+                with (part / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.replace(folder)
+        except OSError as error:
+            raise DataError(f"the vocabulary '{folder}' cannot be written: {error.strerror or error}.") from None
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
     """The vocabulary in a folder, after checking that its files belong together."""
-    paths = [folder / name for name in ("vocabulary.json", "tokenizer.model", "piece_bytes.npy")]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"there is no '{path}'. A vocabulary folder is what tools/train_vocabulary.py writes.")
-    vocabulary = Vocabulary(paths[1].read_bytes())
+    told, sizes_file = _present(folder, "vocabulary.json"), _present(folder, "piece_bytes.npy")
     try:
-        described = json.loads(paths[0].read_text(encoding="utf-8"))
-        sizes = np.load(paths[2], allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        described = json.loads(told.read_text(encoding="utf-8"))
+        sizes = np.load(sizes_file, allow_pickle=False)
+        kind, specials = described["kind"], {name: int(s["id"]) for name, s in described["specials"].items()}
+    except (ValueError, EOFError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(f"'{folder}' is damaged: {error}. Copy or train it again.") from None
+    if kind in ("byte_level_bpe", "tokenizer_json"):
+        vocabulary = _tokenizers(_present(folder, "tokenizer.json").read_bytes(), specials)
+    elif kind in ("sentencepiece_unigram", "sentencepiece_bpe", "sentencepiece", "xglm"):
+        vocabulary = _sentencepiece(_present(folder, "tokenizer.model").read_bytes(), specials, xglm=kind == "xglm")
+    else:
+        raise DataError(f"'{folder}' is of kind '{kind}', which this xlmega does not know.")
     due = {**vocabulary._description(), "hash": vocabulary.hash}
     if described != due or not np.array_equal(sizes, vocabulary.piece_bytes):
-        found = described.get("hash") if isinstance(described, dict) else described
         raise DataError(
-            f"the files in '{folder}' do not belong together: vocabulary.json has hash {found}, but tokenizer.model "
-            f"has {vocabulary.hash}. Copy or train the vocabulary again."
+            f"the files in '{folder}' do not belong together: vocabulary.json has hash {described.get('hash')}, but "
+            f"{vocabulary.model_file} has {vocabulary.hash}. Copy or train the vocabulary again."
         )
     return vocabulary
+
+
+def _present(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise DataError(f"there is no '{folder / name}'. A vocabulary folder is what tools/train_vocabulary.py writes.")
+    return folder / name
+
+
+# The libraries are loaded when a vocabulary of theirs is.
+
+
+def _sentencepiece(model: bytes, specials: Specials | None = None, *, xglm: bool = False) -> Vocabulary:
+    from xlmega.text.vocabulary_sentencepiece import SentencePieceVocabulary
+
+    return SentencePieceVocabulary(model, specials, xglm=xglm)
+
+
+def _tokenizers(model: bytes, specials: Specials) -> Vocabulary:
+    from xlmega.text.vocabulary_tokenizers import TokenizersVocabulary
+
+    return TokenizersVocabulary(model, specials)
+
+
+# -------------------------------------------------------------------- training
 
 
 def train_vocabulary(
@@ -202,17 +206,21 @@ def train_vocabulary(
     size: int,
     output: Path,
     *,
+    kind: str = "sentencepiece_unigram",
     character_coverage: float = 0.9995,
     input_sentence_size: int = 2_000_000,
     seed: int = 0,
     num_threads: int = 2,
     overwrite: bool = False,
 ) -> Vocabulary:
-    """Train a unigram vocabulary of exactly `size` ids and save it to the new folder `output`.
+    """Train a vocabulary of exactly `size` ids and save it to the new folder `output`.
 
-    The texts are streamed; when they have more than `input_sentence_size` lines, that many are drawn uniformly.
-    `num_threads` is a setting like the others: another number sums in another order and may give other pieces.
+    The texts are streamed; when they have more than `input_sentence_size` lines, that many are drawn uniformly. For
+    SentencePiece `num_threads` is a setting like the others: another number sums in another order and may give other
+    pieces. A byte-level BPE needs no `character_coverage`.
     """
+    if kind not in KINDS:
+        raise ConfigError(f"a vocabulary of kind '{kind}' cannot be trained.{nearest(kind, KINDS)}")
     if size < 260:
         raise ConfigError(
             f"a vocabulary has 3 specials and 256 bytes before its first piece, so size {size} is too small."
@@ -222,39 +230,21 @@ def train_vocabulary(
             "character_coverage must be above 0.5 and at most 1, input_sentence_size and num_threads at least 1, but "
             f"they are {character_coverage}, {input_sentence_size} and {num_threads}."
         )
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     lines = sample_lines(texts, input_sentence_size, seed)
     if not lines:
         raise DataError("there is no text to train a vocabulary on: every document was empty.")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size,
-            character_coverage=character_coverage,
-            required_chars=SPACE,  # so that a space always has a piece
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            pad_id=PAD_ID,
-            unk_id=UNK_ID,
-            bos_id=-1,
-            eos_id=EOD_ID,
-            pad_piece=SPECIALS["pad"],
-            unk_piece=SPECIALS["unk"],
-            eos_piece=SPECIALS["eod"],
-            max_sentence_length=8 * MAX_LINE_CHARACTERS,  # in bytes, more than a cut line can have
-            shuffle_input_sentence=False,
-            num_threads=num_threads,
-            minloglevel=2,
+    if kind == "byte_level_bpe":
+        from xlmega.text import vocabulary_tokenizers
+
+        vocabulary = _tokenizers(vocabulary_tokenizers.train(lines, size), {"eod": 0})
+    else:
+        from xlmega.text import vocabulary_sentencepiece
+
+        model_type = kind.removeprefix("sentencepiece_")
+        vocabulary = _sentencepiece(
+            vocabulary_sentencepiece.train(lines, size, model_type, character_coverage, num_threads)
         )
-    except RuntimeError as error:
-        raise _training_error(str(error), size, character_coverage) from None
-    vocabulary = Vocabulary(model.getvalue())
     vocabulary.save(output, overwrite=overwrite)
     return vocabulary
 
@@ -300,7 +290,8 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                     yield piece
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Refuse half of a surrogate pair, which no library can encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -310,22 +301,74 @@ def _check_characters(text: str) -> None:
         ) from None
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it is a vocabulary to be overwritten."""
     if folder.exists() and not (overwrite and (folder / "vocabulary.json").is_file()):
         hint = "it holds no vocabulary, so it is not removed" if overwrite else "or add --overwrite"
         raise ConfigError(f"'{folder}' exists. Choose another output ({hint}).")
 
 
-def _training_error(message: str, size: int, character_coverage: float) -> Exception:
-    if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return ConfigError(
-            f"size {size} is more than this text has pieces for. The rule: the text must hold enough different "
-            f"words. With it, size {found[1]} works; for more, give more text."
-        )
-    if found := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
-        return ConfigError(
-            f"size {size} does not hold the {int(found[2]) - 259} different characters that character_coverage "
-            f"{character_coverage} asks for, and 259 ids for specials and bytes. "
-            f"Take size {found[2]} or more, or a lower character_coverage (other characters become bytes)."
-        )
-    return DataError(f"SentencePiece could not train on this text: {message}. Is there enough of it, and is it text?")
+# -------------------------------------------------------------------- importing
+
+END_NAMES = ("<|endoftext|>", "</s>", "<D>", "<|end_of_text|>", "<eos>")
+"""What ends a document where neither the command nor the tokenizer says so."""
+
+
+def import_vocabulary(
+    source: Path, output: Path, *, eod: str = "", pad: str = "", overwrite: bool = False
+) -> Vocabulary:
+    """Save an existing vocabulary as one of ours: a Hugging Face folder, a tokenizer.json or a SentencePiece model.
+
+    In a folder of XGLM the SentencePiece model comes first, with fairseq's numbering; else tokenizer.json does. `eod`
+    and `pad` are pieces; where they are empty, the tokenizer's own end and padding are taken.
+    """
+    check_output(output, overwrite)
+    settings: dict[str, Any] = {}
+    xglm = False
+    if source.is_dir():
+        config, settings = _json(source / "config.json"), _json(source / "tokenizer_config.json")
+        xglm = config.get("model_type") == "xglm" or "XGLM" in str(settings.get("tokenizer_class"))
+        names = ["tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model"]
+        names = ["sentencepiece.bpe.model", *names] if xglm else names
+        found = [source / name for name in names if (source / name).is_file()]
+        if not found:
+            raise DataError(f"'{source}' holds no vocabulary: none of {', '.join(dict.fromkeys(names))}.")
+        source = found[0]
+    try:
+        model = source.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read '{source}': {error.strerror or error}.") from None
+    is_json = source.suffix == ".json"
+    make = _tokenizers if is_json else lambda model, specials: _sentencepiece(model, specials, xglm=xglm)
+    bare = make(model, {"eod": 0})
+    ends = [eod or _content(settings.get("eos_token")), *([] if eod else END_NAMES)]
+    pads = [pad or _content(settings.get("pad_token")), *([] if pad else ["<pad>", "<|padding|>"])]
+    unks = [_content(settings.get("unk_token")), "<unk>"]
+    pieces = {bare.piece(id): id for id in reversed(range(bare.size))}
+    specials = {}
+    for role, names, asked in (("pad", pads, pad), ("unk", unks, ""), ("eod", ends, eod)):
+        known = [pieces[name] for name in names if name in pieces]
+        if known:
+            specials[role] = known[0]
+        elif asked:
+            raise ConfigError(f"'{source}' has no piece '{asked}' for --{role}.{nearest(asked, pieces)}")
+    if "eod" not in specials:
+        raise ConfigError(f"'{source}' does not say which piece ends a document. Give --eod PIECE.")
+    vocabulary = make(model, specials)
+    vocabulary.save(output, overwrite=overwrite)
+    return vocabulary
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read '{path}': {error}.") from None
+    return table if isinstance(table, dict) else {}
+
+
+def _content(token: Any) -> str:
+    """A special as tokenizer_config.json writes it: the piece itself, or a table around it."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")

@@ -209,7 +209,7 @@ def _verify_tokenizer(output: Path) -> int:
     vocabulary = load_vocabulary(output / "vocabulary")
     tokenizer = transformers.AutoTokenizer.from_pretrained(output, local_files_only=True)
     for text in SAMPLES:
-        theirs, ours = tokenizer(text)["input_ids"], list(vocabulary.encode(text))
+        theirs, ours = tokenizer(text, add_special_tokens=False)["input_ids"], list(vocabulary.encode(text))
         if theirs != ours:
             raise CheckpointError(f"'{output}' tokenizes {text!r} as {theirs}, but its vocabulary as {ours}.")
     return len(SAMPLES)
@@ -393,7 +393,7 @@ def _fitting_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     vocabulary = load_vocabulary(folder)
     if vocabulary.size > config.vocab_size:
         raise DataError(f"'{folder}' has {vocabulary.size} pieces, but the model knows {config.vocab_size} ids.")
-    if config.family == "xglm" and vocabulary.pad_id >= XGLM_POSITION_OFFSET:
+    if config.family == "xglm" and (vocabulary.pad_id or 0) >= XGLM_POSITION_OFFSET:
         raise ConfigError(f"XGLM in transformers needs a pad id of 0 or 1; '{folder}' has {vocabulary.pad_id}.")
     return vocabulary
 
