@@ -13,6 +13,12 @@ from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
 
 def reference_logits(config: ModelConfig, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     """Logits [B, L, V] for ids [B, L] from logical tensors, with no dropout. Slow, one head at a time."""
+    x = reference_hidden(config, tensors, ids)
+    return x @ (tensors["embedding.word_embeddings.weight"] if config.tied else tensors["output_layer.weight"]).T
+
+
+def reference_hidden(config: ModelConfig, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states [B, L, D] after the last norm."""
     length = ids.shape[1]
     words = tensors["embedding.word_embeddings.weight"]
     x = words[ids] * config.embedding_scale + _positions(config, tensors, length)
@@ -27,8 +33,7 @@ def reference_logits(config: ModelConfig, tensors: Mapping[str, torch.Tensor], i
         else:
             x = x + attended
             x = x + _mlp(config, ours, _norm(config, ours, "pre_mlp_layernorm", x))
-    x = _norm(config, tensors, "decoder.final_layernorm", x)
-    return x @ (words if config.tied else tensors["output_layer.weight"]).T
+    return _norm(config, tensors, "decoder.final_layernorm", x)
 
 
 def _positions(config: ModelConfig, tensors: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ BLOCK_POSITIONS = 128
 
 
 @contextlib.contextmanager
-def _fp32_from_bf16() -> Iterator[None]:
+def fp32_from_bf16() -> Iterator[None]:
     """Products of fp32 tensors run on the bf16 units: exact where every entry is a bf16 number, at twice the speed."""
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch before 2.9 has no such switch
     if matmul is None:
@@ -78,7 +78,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         output_LNK = torch.empty(value.flatten(1, 2).shape, dtype=value.dtype)
         blocks = _Blocks(query, scale, slopes_H)
         log_sum_NL = torch.empty(blocks.num_heads, blocks.length)
-        with _fp32_from_bf16():
+        with fp32_from_bf16():
             for some in blocks.groups():
                 query_NLK, key_NLK, value_NLK = (_heads(x, some) for x in (query, key, value))
                 query_NLK, key_NLK = query_NLK.float(), key_NLK.float()
@@ -100,7 +100,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         query, key, value, output, log_sum_NL = ctx.saved_tensors
         blocks = _Blocks(query, ctx.scale, ctx.slopes_H)
         d_query, d_key, d_value = (torch.empty(x.flatten(1, 2).shape, dtype=x.dtype) for x in (query, key, value))
-        with _fp32_from_bf16():
+        with fp32_from_bf16():
             for some in blocks.groups():
                 query_NLK, key_NLK, d_NLK = (_heads(x, some) for x in (query, key, gradients[0]))
                 query_32, key_32, d_32 = query_NLK.float(), key_NLK.float(), d_NLK.float()

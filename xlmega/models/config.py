@@ -24,7 +24,7 @@ XGLM_POSITION_OFFSET = 2
 class ModelConfig:
     """A pre-norm decoder. Each way in which families differ is a key of its own; `family` says how it is exported."""
 
-    family: Literal["xglm", "gpt", "neox", "bloom", "llama"]
+    family: Literal["xglm", "gpt", "neox", "bloom", "llama", "backpack"]
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -68,6 +68,12 @@ class ModelConfig:
     """A norm over the word embedding before the first layer (BLOOM)."""
     layer_scaled_attention: bool = False
     """Scores of layer n, counted from 1, are divided by n (`scale_attn_by_inverse_layer_idx`)."""
+    backpack_variant: Literal["", "original", "nano"] = ""
+    """How a Backpack's senses are made and weighed: as published (METHODS §4.2), or as in nanoBackpack (§4.3)."""
+    num_senses: int = 0
+    """Sense vectors of each token; of a Backpack only."""
+    sense_intermediate_scale: int = 4
+    """Width of the sense network's last hidden layer, in hidden_size."""
 
     def problems(self) -> Iterator[str]:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "head_dim", "max_positions"):
@@ -86,6 +92,7 @@ class ModelConfig:
         if self.vocab_size < 0:
             yield f"vocab_size must be positive, or 0 for the vocabulary's own, but is {self.vocab_size}."
         yield from self._problems_of_attention()
+        yield from self._problems_of_senses()
         if self.norm == "rmsnorm" and self.norm_bias:
             yield "norm_bias must be false with norm='rmsnorm', which has none."
 
@@ -104,6 +111,35 @@ class ModelConfig:
             for name, default in (("rotary_fraction", 1.0), ("rotary_base", 10000.0)):
                 if getattr(self, name) != default:
                     yield f"{name} is of rotary positions, but positions are {self.positions}."
+
+    def _problems_of_senses(self) -> Iterator[str]:
+        if (self.family == "backpack") != bool(self.backpack_variant):
+            yield "backpack_variant must be 'original' or 'nano' with family='backpack', and is of no other family."
+        if not self.backpack_variant:
+            if self.num_senses:
+                yield f"num_senses={self.num_senses} is of family='backpack', but the family is '{self.family}'."
+            return
+        if self.num_senses < 1 or self.hidden_size % self.num_senses:
+            yield (
+                f"num_senses={self.num_senses} must divide hidden_size={self.hidden_size}: that is the width of a "
+                "sense's queries and keys."
+            )
+        if self.sense_intermediate_scale < 1:
+            yield f"sense_intermediate_scale must be at least 1, but is {self.sense_intermediate_scale}."
+        if not self.tied or self.embedding_scale != 1.0:
+            yield "a Backpack's head is its word embedding, unscaled: tied must be true and embedding_scale 1."
+        if self.dropout or self.attention_dropout:
+            yield "a Backpack knows no dropout: senses are computed once for each distinct token, not at each position."
+
+    @property
+    def stage_units(self) -> int:
+        """What a pipeline is divided by: the layers; in nanoBackpack the senses, on the last stage, stand for one."""
+        return self.num_layers + (self.backpack_variant == "nano")
+
+    def layers_of_stage(self, stage: int, num_stages: int) -> range:
+        """The layers of one (virtual) stage, counted in the order of the model."""
+        each = self.stage_units // num_stages
+        return range(stage * each, min((stage + 1) * each, self.num_layers))
 
     @property
     def attention_width(self) -> int:
@@ -147,6 +183,32 @@ class ModelConfig:
             **self._linear_shapes("mlp.linear_fc2", d, f),
         }
 
+    def sense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters of a Backpack's senses, by their names in the model; none for other families.
+
+        Rows of `query_key` are interleaved per sense: its queries, its keys. Rows of `output` and entries of
+        `joint_layernorm` are sense by sense.
+        """
+        if not self.backpack_variant:
+            return {}
+        d, inner = self.hidden_size, self.sense_intermediate_scale * self.hidden_size
+        mlp = {
+            **self._linear_shapes("senses.mlp.linear_fc1", self.ffn_hidden_size, d),
+            **self._linear_shapes("senses.mlp.linear_fc2", d, self.ffn_hidden_size),
+        }
+        output = {
+            **self._linear_shapes("senses.expand", inner, d),
+            **self._linear_shapes("senses.output", self.num_senses * d, inner),
+        }
+        if self.backpack_variant == "original":
+            first, second, third = (
+                self.norm_shapes(f"senses.{name}") for name in ("input_layernorm", "mlp_layernorm", "output_layernorm")
+            )
+            return {**self._linear_shapes("senses.query_key", 2 * d, d), **first, **second, **mlp, **third, **output}
+        joint = dict.fromkeys(self.norm_shapes("senses.joint_layernorm"), (self.num_senses * d,))
+        query_key = {"senses.query_key.weight": (2 * d, d)}  # without bias whatever the other layers have
+        return {**query_key, **mlp, **self.norm_shapes("senses.mlp_layernorm"), **output, **joint}
+
     def _linear_shapes(self, name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
         weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (outputs, inputs)}
         return {**weight, f"{name}.bias": (outputs,)} if self.linear_bias else weight
@@ -158,14 +220,20 @@ class ModelConfig:
         words = self.vocab_size * d * (1 if self.tied else 2)
         positions = self.max_positions * d if self.positions == "learned" else 0
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
-        return words + positions + self.num_layers * layer + norm * (2 if self.embedding_norm else 1)
+        senses = sum(math.prod(shape) for shape in self.sense_shapes().values())
+        return words + positions + self.num_layers * layer + norm * (2 if self.embedding_norm else 1) + senses
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward for one token: 6 for each weight of a matrix product, plus
-        causal attention's scores and mix. Recomputation is not counted."""
+        causal attention's scores and mix. Recomputation is not counted; nor is a Backpack's sense network, whose work
+        goes with the distinct tokens."""
         layer = sum(math.prod(shape) for shape in self.layer_shapes().values() if len(shape) == 2)
         weights = self.num_layers * layer + self.vocab_size * self.hidden_size
-        return 6.0 * weights + 6.0 * self.num_layers * self.attention_width * sequence_length
+        flops = 6.0 * weights + 6.0 * self.num_layers * self.attention_width * sequence_length
+        if self.backpack_variant:
+            d = self.hidden_size
+            flops += 6.0 * 2 * d * d + 3.0 * (1 + self.num_senses) * d * sequence_length
+        return flops
 
 
 def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,10 +282,14 @@ def _reasons(layout: Layout, model: ModelConfig, sequence_length: int) -> Iterat
         works = divisors(math.gcd(*cut.values()))
         *most, last = (f"{name}={size}" for name, size in cut.items())
         yield f"tp={tp} must divide {', '.join(most)} and {last}. tp may be {spell(works)}."
-    if model.num_layers % stages:
-        works = divisors(model.num_layers)
+    if model.num_senses % tp:
+        works = [t for t in divisors(model.num_senses) if model.num_heads % t == 0]
+        yield f"tp={tp} must divide num_senses={model.num_senses}: a rank has whole senses. tp may be {spell(works)}."
+    if model.stage_units % stages:
+        works = divisors(model.stage_units)
+        what = f"num_layers={model.num_layers}" + (" + 1 (the senses)" if model.stage_units > model.num_layers else "")
         yield (
-            f"pp={layout.pp} x virtual_stages={layout.virtual_stages} must divide num_layers={model.num_layers}. "
+            f"pp={layout.pp} x virtual_stages={layout.virtual_stages} must divide {what}. "
             f"Their product may be {spell(works)}."
         )
     if layout.sequence_parallel and sequence_length % tp:

@@ -16,19 +16,16 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xlmega.models import dropout
+from xlmega.models.backpack import Senses
 from xlmega.models.config import ModelConfig
 from xlmega.models.head import weighted_loss
-from xlmega.models.layers import sequence_share, summed_over_sequence
+from xlmega.models.layers import enter_tensor_parallel_region, sequence_share, summed_over_sequence
 from xlmega.models.positions import sinusoidal_positions
 from xlmega.models.specs import layer_spec, norm_spec
 
@@ -122,14 +119,13 @@ class Block(MegatronModule):
     ):
         super().__init__(config=config)
         virtual, pp = config.virtual_pipeline_model_parallel_size or 1, config.pipeline_model_parallel_size
-        count = config.num_layers // (pp * virtual)
         chunk = (vp_stage or 0) * pp + parallel_state.get_pipeline_model_parallel_rank()
-        self.first_layer = chunk * count
+        mine = model.layers_of_stage(chunk, pp * virtual)
+        self.first_layer = mine.start
         """Number of layers before this stage, over the whole model."""
         spec = layer_spec(model, config)
         self.layers = torch.nn.ModuleList(
-            build_module(spec, config=config, layer_number=self.first_layer + 1 + k, recompute=recompute)
-            for k in range(count)
+            build_module(spec, config=config, layer_number=layer + 1, recompute=recompute) for layer in mine
         )
         self.final_layernorm = build_norm(model, config) if final_norm else None
 
@@ -165,6 +161,7 @@ class Decoder(MegatronModule):
         if pre_process:
             self.embedding = Embedding(model, config)
         self.decoder = Block(model, config, vp_stage=vp_stage, final_norm=post_process, recompute=recompute)
+        self.senses = Senses(model, config, recompute=recompute) if post_process and model.backpack_variant else None
         self.head_copies_embedding = post_process and model.tied and not pre_process
         if post_process and (not model.tied or self.head_copies_embedding):
             rows = padded_vocabulary(model.vocab_size, config.tensor_model_parallel_size)
@@ -192,12 +189,11 @@ class Decoder(MegatronModule):
         return self._loss(hidden_LBD, batch) if self.post_process else hidden_LBD
 
     def _loss(self, hidden_LBD: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.sequence_parallel:
-            hidden_LBD = gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True)
-        else:
-            hidden_LBD = copy_to_tensor_model_parallel_region(hidden_LBD)
         head: Any = self.embedding.word_embeddings if self._head_is_embedding else self.output_layer
         weight = head.weight
+        if self.senses is not None:
+            hidden_LBD = self.senses(hidden_LBD, batch.tokens_BL, weight)
+        hidden_LBD = enter_tensor_parallel_region(hidden_LBD, self.config, cut_by_position=self.senses is None)
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         first_row = min(tp_rank * weight.shape[0], self.model.vocab_size)
         rows = min(weight.shape[0], self.model.vocab_size - first_row)
@@ -229,6 +225,13 @@ _SHARD_AXES = {
     "linear_fc1.bias": 0,
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
+    # A Backpack's senses are split over ranks.
+    "query_key.weight": 0,
+    "query_key.bias": 0,
+    "output.weight": 0,
+    "output.bias": 0,
+    "joint_layernorm.weight": 0,
+    "joint_layernorm.bias": 0,
 }
 
 

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -34,6 +37,18 @@ def summed_over_sequence(parameter: torch.Tensor, config: TransformerConfig) -> 
     and 3 reduce gradients while the backward pass is still running.
     """
     return copy_to_tensor_model_parallel_region(parameter) if config.sequence_parallel else parameter
+
+
+def enter_tensor_parallel_region(
+    hidden_LBD: torch.Tensor, config: TransformerConfig, *, cut_by_position: bool = True
+) -> torch.Tensor:
+    """Hidden states as every rank's own part of a split computation wants them: all positions, gradients summed.
+
+    `cut_by_position` says whether they come as this rank's share where there is sequence parallelism.
+    """
+    if config.sequence_parallel and cut_by_position:
+        return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=True)  # type: ignore[no-any-return]
+    return copy_to_tensor_model_parallel_region(hidden_LBD)  # type: ignore[no-any-return]
 
 
 def sequence_share(config: TransformerConfig, num_positions: int) -> tuple[int, int]:
@@ -80,6 +95,19 @@ class RMSNorm(torch.nn.Module):
         return normed_LBD
 
 
+def recomputed(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
+    """function(*tensors), of which only the tensors are kept for the backward pass."""
+    seed, slots = dropout.announced()
+
+    def again(*tensors: torch.Tensor) -> torch.Tensor:
+        with dropout.windows(seed, slots):
+            return function(*tensors)  # type: ignore[no-any-return]
+
+    # Reentrant: under ZeRO-3 a parameter has another shape when it is gathered again, which the other form refuses.
+    # No generator is saved: nothing in the layer draws from one.
+    return checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)  # type: ignore[no-any-return]
+
+
 class DecoderLayer(MegatronModule):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel_residual` both from the same x.
 
@@ -114,11 +142,9 @@ class DecoderLayer(MegatronModule):
         """[L, B, D] to the same shape."""
         recompute = self.recompute if self.training and torch.is_grad_enabled() else "none"
         if recompute == "full":
-            return self._recomputed(self._layer, hidden_LBD)
+            return recomputed(self._layer, hidden_LBD)
         attended_LBD = self._attend(hidden_LBD)
-        transform = (
-            functools.partial(self._recomputed, self._transform) if recompute == "selective" else self._transform
-        )
+        transform = functools.partial(recomputed, self._transform) if recompute == "selective" else self._transform
         return transform(attended_LBD, hidden_LBD) if self.parallel_residual else transform(attended_LBD)
 
     def _layer(self, hidden_LBD: torch.Tensor) -> torch.Tensor:
@@ -143,15 +169,3 @@ class DecoderLayer(MegatronModule):
             p = self.config.hidden_dropout
             output_LBD = dropout.dropout(output_LBD, p, place, first_position=first, num_positions=total)
         return residual_LBD + output_LBD
-
-    @staticmethod
-    def _recomputed(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
-        seed, slots = dropout.announced()
-
-        def again(*tensors: torch.Tensor) -> torch.Tensor:
-            with dropout.windows(seed, slots):
-                return function(*tensors)  # type: ignore[no-any-return]
-
-        # Reentrant: under ZeRO-3 a parameter has another shape when it is gathered again, which the other form refuses.
-        # No generator is saved: nothing in the layer draws from one.
-        return checkpoint(again, *tensors, use_reentrant=True, preserve_rng_state=False)  # type: ignore[no-any-return]

@@ -3,11 +3,13 @@
 A table holds the keys of ModelConfig that make the model what it is; a recipe may change any of them. The families
 differ by such keys alone: nothing else in the code asks for a family's name but its Hugging Face table.
 Sources: XGLM, METHODS §2.10; Languini GPT, METHODS §1.6; GPT-NeoX (Pythia), arXiv:2304.01373; BLOOM, arXiv:2211.05100;
-Llama, arXiv:2302.13971 and arXiv:2407.21783; TinyLlama, arXiv:2401.02385; SmolLM2, arXiv:2502.02737.
+Llama, arXiv:2302.13971 and arXiv:2407.21783; TinyLlama, arXiv:2401.02385; SmolLM2, arXiv:2502.02737;
+Backpack, METHODS §4.2 to 4.4.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +129,49 @@ def llama(
     }
 
 
+def backpack(num_layers: int, hidden_size: int, num_heads: int, num_senses: int) -> dict[str, Any]:
+    """The published Backpack: a GPT-2 whose attention scores are also divided by the layer's number, and its senses."""
+    return {
+        **gpt2(num_layers, hidden_size, num_heads),
+        "family": "backpack",
+        "max_positions": 512,
+        "layer_scaled_attention": True,
+        "backpack_variant": "original",
+        "num_senses": num_senses,
+        "vocab_size": 0,
+    }
+
+
+def nano_gpt(num_layers: int, hidden_size: int, num_heads: int, **changes: Any) -> dict[str, Any]:
+    """nanoGPT without biases: the twin that a nanoBackpack is compared with."""
+    return {
+        **gpt2(num_layers, hidden_size, num_heads),
+        "max_positions": 256,
+        "norm_bias": False,
+        "linear_bias": False,
+        "vocab_size": 0,
+        **changes,
+    }
+
+
+def nano_backpack(depth: int, hidden_size: int, num_heads: int, num_senses: int) -> dict[str, Any]:
+    """nanoBackpack, as used for several languages: one of the twin's `depth` layers makes way for the senses."""
+    return nano_gpt(
+        depth - 1, hidden_size, num_heads, family="backpack", backpack_variant="nano", num_senses=num_senses
+    )
+
+
+_SENSES = (4, 8, 16, 64)
+_BACKPACKS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{f"backpack_micro_{k}": functools.partial(backpack, 6, 384, 6, k) for k in _SENSES},
+    **{f"backpack_mini_{k}": functools.partial(backpack, 8, 640, 8, k) for k in _SENSES},
+    **{f"backpack_small_{k}": functools.partial(backpack, 12, 768, 12, k) for k in _SENSES},
+    **{f"nano_backpack_mini_{k}": functools.partial(nano_backpack, 6, 384, 6, k) for k in _SENSES},
+    **{f"nano_backpack_small_{k}": functools.partial(nano_backpack, 12, 768, 12, k) for k in _SENSES},
+    "nano_gpt_mini": functools.partial(nano_gpt, 6, 384, 6),
+    "nano_gpt_small": functools.partial(nano_gpt, 12, 768, 12),
+}
+
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "xglm_tiny": lambda: xglm(4, 256, 1024, 4),
     "xglm_27m": lambda: xglm(6, 512, 2048, 8),
@@ -166,4 +211,5 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "neox_tiny": lambda: neox(4, 256, 4),
     "bloom_tiny": lambda: bloom(4, 256, 4),
     "llama_tiny": lambda: llama(4, 256, 704, 4, 2, max_positions=2048),
+    **_BACKPACKS,
 }

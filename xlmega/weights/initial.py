@@ -15,6 +15,7 @@ from xlmega.models.config import ModelConfig
 
 _BLOCK_ELEMENTS = 1 << 18
 _MLP_OUTPUT = ("mlp.linear_fc2.weight",)
+_OTHER_OUTPUTS = ("self_attention.linear_proj.weight", "senses.output.weight")
 
 
 class InitialWeights:
@@ -48,7 +49,7 @@ class InitialWeights:
         return torch.empty(rows, columns).normal_(0.0, self._std(name), generator=generator)
 
     def _std(self, name: str) -> float:
-        smaller = {"plain": (), "mlp": _MLP_OUTPUT, "both": (*_MLP_OUTPUT, "self_attention.linear_proj.weight")}
+        smaller = {"plain": (), "mlp": _MLP_OUTPUT, "both": (*_MLP_OUTPUT, *_OTHER_OUTPUTS)}
         if name.endswith(smaller[self._model.residual_init]):
-            return self._model.init_std / math.sqrt(2 * self._model.num_layers)
+            return self._model.init_std / math.sqrt(2 * self._model.stage_units)
         return self._model.init_std

@@ -60,7 +60,7 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= config.norm_shapes("embedding.layernorm")
     for layer in range(config.num_layers):
         shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in config.layer_shapes().items()}
-    shapes |= config.norm_shapes("decoder.final_layernorm")
+    shapes |= config.norm_shapes("decoder.final_layernorm") | config.sense_shapes()
     if not config.tied:
         shapes[OUTPUT_LAYER] = (config.vocab_size, config.hidden_size)
     return shapes

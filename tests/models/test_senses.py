@@ -1,0 +1,71 @@
+"""The blockwise mix of senses against all of alpha written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xlmega.models import senses
+from xlmega.models.senses import mix_senses
+
+pytestmark = pytest.mark.torch
+
+
+def written_out(
+    query_LBKH: torch.Tensor, key_LBKH: torch.Tensor, senses_UKD: torch.Tensor, place_BL: torch.Tensor, scale: float
+) -> torch.Tensor:
+    length = len(query_LBKH)
+    scores_BKLS = torch.einsum("lbkh,sbkh->bkls", query_LBKH.float(), key_LBKH.float()) * scale
+    future_LS = torch.ones(length, length, dtype=torch.bool).triu(1)
+    alpha_BKLS = scores_BKLS.masked_fill(future_LS, float("-inf")).softmax(-1)
+    return torch.einsum("bkls,bskd->lbd", alpha_BKLS, senses_UKD.float()[place_BL])
+
+
+def inputs(length: int, num_senses: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(length, 3, num_senses, 8)] * 2 + [(11, num_senses, 24)]
+    values = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return *values, torch.randint(11, (3, length), generator=generator)
+
+
+# One position; a whole block; a part of a block more; blocks of the smallest size because there are many senses.
+@pytest.mark.parametrize(("length", "num_senses"), [(1, 1), (128, 2), (130, 2), (100, 512), (300, 5)])
+def test_mix_and_gradients(length: int, num_senses: int) -> None:
+    *values, place_BL = inputs(length, num_senses)
+    mixed, expected = mix_senses(*values, place_BL, 0.3), written_out(*values, place_BL, 0.3)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+    d_mixed = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(mixed, values, d_mixed)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, values, d_mixed), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * wanted.abs().max().clamp(min=1).item())
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    query, key, sense_vectors, place_BL = inputs(40, 3)
+    values = (query.detach() * 100, key.detach() * 100, sense_vectors.detach())
+    torch.testing.assert_close(mix_senses(*values, place_BL, 1.0), written_out(*values, place_BL, 1.0))
+
+
+def test_bf16_is_as_near_as_bf16_can_be() -> None:
+    *values, place_BL = inputs(200, 4, torch.bfloat16)
+    mixed, expected = mix_senses(*values, place_BL, 0.3), written_out(*values, place_BL, 0.3)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), expected, rtol=0, atol=2e-2 * expected.abs().max().item())
+    d_mixed = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(mixed, values, d_mixed.bfloat16())
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, values, d_mixed), strict=True):
+        torch.testing.assert_close(gradient.float(), wanted.float(), rtol=0, atol=2e-2 * wanted.abs().max().item())
+
+
+def test_what_is_held_grows_with_the_length_not_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for length in (512, 4096):
+        query, _, sense_vectors, _ = inputs(16, 16)
+        walk = senses._Walk(
+            query.expand(-1, -1, -1, -1).new_empty(length, 1, 16, 8),
+            sense_vectors,
+            torch.zeros(1, length, dtype=torch.long),
+            1.0,
+        )
+        sizes.append(walk._scores.numel())
+    assert sizes[1] <= 8 * sizes[0]
