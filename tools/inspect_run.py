@@ -1,6 +1,7 @@
-"""Say what a run directory holds: the run, how far it is, its scores and its checkpoints.
+"""Say what a run directory holds, or how two models differ.
 
 python tools/inspect_run.py runs/first --verify
+python tools/inspect_run.py --compare runs/first runs/second
 """
 
 from __future__ import annotations
@@ -8,16 +9,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xlmega.errors import run_main
+from xlmega.errors import ConfigError, run_main
+from xlmega.training.inspection import comparison_lines
 from xlmega.training.report import describe
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("run", type=Path, nargs="?", help="a run directory")
     parser.add_argument("--verify", action="store_true", help="hash every checkpoint, too")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="runs, checkpoints, logical or Hugging Face folders"
+    )
     args = parser.parse_args()
-    for line in describe(args.run, verify=args.verify):
+    if (args.run is None) == (args.compare is None):
+        raise ConfigError("give either a run directory, or --compare A B.")
+    for line in comparison_lines(*args.compare) if args.compare else describe(args.run, verify=args.verify):
         print(line)
 
 

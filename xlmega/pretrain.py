@@ -16,7 +16,7 @@ from xlmega import __version__
 from xlmega.errors import ConfigError, DataError, XlmegaError, run_main
 from xlmega.parallel import groups
 from xlmega.parallel.layout import choose
-from xlmega.training.checkpoint import newest
+from xlmega.training.checkpoint import newest, restore
 from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
@@ -26,6 +26,7 @@ from xlmega.training.run import (
     data_damage,
     facts,
     first_weights,
+    occupy,
     resolve,
     summary,
 )
@@ -50,6 +51,7 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--output", type=Path, required=True, help="run directory")
     run.add_argument("--resume", action="store_true", help="go on where the run directory stands")
     run.add_argument("--stop_at", type=int, default=0, metavar="STEP", help="save and end there, schedules unchanged")
+    run.add_argument("--save_asynchronously", action="store_true", help="train on while checkpoints are written")
     run.add_argument("--dry_run", action="store_true", help="print what the run would be, and exit")
     run.add_argument("--world_size", type=int, help="with --dry_run: plan for this many ranks")
     run.add_argument("--wandb", default="", metavar="PROJECT", help="track in this wandb project (offline works)")
@@ -83,6 +85,7 @@ def main() -> None:
         args.output,
         recompute=args.recompute,
         stop_at=args.stop_at,
+        save_asynchronously=args.save_asynchronously,
     )
     if args.dry_run:
         first_weights(run.recipe)
@@ -97,10 +100,13 @@ def main() -> None:
             flush=True,
         )
     with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
-        execute(run, process, device, args)
+        with contextlib.ExitStack() as held:
+            execute(run, process, device, args, held)
 
 
-def execute(run: Run, process: groups.Process, device: torch.device, args: argparse.Namespace) -> None:
+def execute(
+    run: Run, process: groups.Process, device: torch.device, args: argparse.Namespace, held: contextlib.ExitStack
+) -> None:
     """Build the engine, give it its weights and train: what every rank does once all are there."""
     from xlmega.models.specs import extras_in_words
     from xlmega.training import engine as engines  # deepspeed and megatron-core: 5 s that --dry_run does not need
@@ -113,6 +119,8 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
     damaged = [words for words in groups.words_of_all(data_damage(run, process.rank, run.layout.world_size)) if words]
     if damaged:
         raise DataError(damaged[0])
+    if args.resume:
+        occupy(run, held, resume=True)
     found = newest(run.output, say) if args.resume else None
     weights = None if found else first_weights(run.recipe)
     recipe = run.recipe
@@ -129,8 +137,7 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
         languages=run.languages,
     )
     if found:
-        engine.write_state(found, {kind: found.moment(kind) for kind in engines.MOMENTS}, found.step)
-        engine.loss_scale = found.manifest["loss_scale"]
+        restore(engine, found)
         say(f"resuming from step {found.step} of '{found.folder}'")
     elif weights:
         engine.write_state(weights)
@@ -139,6 +146,8 @@ def execute(run: Run, process: groups.Process, device: torch.device, args: argpa
     if first_step >= run.stop_at:
         say(f"nothing to do: step {first_step} is reached, and the run ends at {run.stop_at}")
         return
+    if not args.resume:
+        occupy(run, held, resume=False)
     if speaker:
         create_output(run)
     metrics = (

@@ -110,7 +110,7 @@ def _same_checkpoint(first: Path, second: Path, step: int) -> None:
     for name in one.names():
         everything = tuple(slice(None) for _ in one.shape(name))
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            ours, theirs = (checkpoint._read(kind, name, everything) for checkpoint in (one, other))
+            ours, theirs = (checkpoint.read_kind(kind, name, everything) for checkpoint in (one, other))
             assert ours.equal(theirs), f"{kind} of {name} differs"
 
 

@@ -49,6 +49,13 @@ def test_a_path_and_a_name(tmp_path: Path) -> None:
         (["training.total_steps=1e3"], "'training.total_steps' must be a whole number, but 1000.0"),
         (["training.total_steps=0"], "training.total_steps must be at least 1"),
         (["training.seed=-1"], "training.seed must not be negative"),
+        (["training.keep_checkpoints=0", "training.keep_every_steps=100"], "keep_checkpoints=0 keeps every checkpoint"),
+        (["training.keep_every_steps=15", "training.save_every_steps=10"], "must be a multiple of save_every_steps=10"),
+        (["training.keep_best=valid"], "keep_best is 'SET/FIGURE' with FIGURE one of nats_per_token, bits_per_byte"),
+        (
+            ["training.keep_best=valid/bits_per_byte", "training.validate_every_steps=0"],
+            "validations at saved",
+        ),
         (["optimizer.min_learning_rate=1"], "is above learning_rate"),
         (["optimizer.min_learning_rate=-1"], "min_learning_rate must not be negative"),
         (["optimizer.learning_rate=0", "optimizer.min_learning_rate=0"], "learning_rate must be positive"),

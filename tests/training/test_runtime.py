@@ -72,6 +72,7 @@ def test_misplaced_keys_are_told_together() -> None:
         ({**MICRO, "zero_optimization": {"stage": 1.0}}, "stage is 1.0"),
         ({**MICRO, "zero_optimization": {"stage": "2"}}, "stage is '2'"),
         ({**MICRO, "zero_optimization": {"stage": 1, "overlap_comm": True}}, "Drop overlap_comm, or use stage 2"),
+        ({**MICRO, "zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "a checkpoint would be wrong"),
         ({**MICRO, "bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both bf16 and fp16. Keep one"),
         ({**MICRO, "zero_optimization": {"offload_optimizer": "cpu"}}, "'offload_optimizer' must be an object"),
         ({**MICRO, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "'cpu' or 'none'"),

@@ -1,169 +1,49 @@
-"""Logical checkpoints: written by all ranks, published whole, read by any layout or by none.
+"""Logical checkpoints as they lie on the disk: what is in one, whether it is whole, and any slice of it for any layout.
 
-In comes an Engine at a step; out goes `RUN/checkpoints/step-00000100/` with the fp32 weights and both moments under
-logical names, in safetensors with a manifest of checksums. A tensor is stored in the pieces that ranks hold, each
+`RUN/checkpoints/step-00000100/` holds the fp32 weights and both moments under logical names, in safetensors, and a
+manifest with every file's checksum and all that is not a tensor. A tensor is stored in the pieces that ranks held, each
 named `kind/logical.name[rows,columns]`, so any slice can be read by whatever layout asks, with no offline step.
-Guaranteed: a checkpoint is in place complete or not at all (`*.part`, fsync, rename); one that fails its checksums is
-passed over by name; nothing is unpickled; reading needs neither deepspeed nor a process group.
+`training.saving` writes them. Guaranteed: one that fails its checksums is passed over by name; nothing is unpickled; no
+more is read than was asked for; reading needs neither deepspeed nor a process group.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from xlmega import config as tables
 from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig
 from xlmega.parallel.groups import words_of_all
-from xlmega.weights.directory import MODEL_NAME, open_logical_directory, safetensors_header, sync_folder, write_json
+from xlmega.weights import storage
+from xlmega.weights.directory import MODEL_NAME, open_logical_directory
 from xlmega.weights.names import logical_shapes
+from xlmega.weights.storage import TensorReader, sha256_of
 
 if TYPE_CHECKING:
     from xlmega.training.engine import Engine
-    from xlmega.weights.shards import Shard
 
-FORMAT_VERSION = 1
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-_HASH_BLOCK_BYTES = 1 << 22
+FORMAT_VERSION = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+LATEST = "latest"
+"""Beside the checkpoints: the name of the last one published, for people and scripts. A resume looks for itself."""
 
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
     return run / "checkpoints" / f"step-{step:08d}"
-
-
-# -------------------------------------------------------------------- writing
-
-
-def save(engine: Engine, run: Path, step: int, facts: Mapping[str, Any]) -> Path:
-    """Write and publish the checkpoint of `step` (updates done); every rank calls it. `facts` goes into the manifest.
-
-    A CheckpointError on every rank when any rank could not write; what is published already stays as it is.
-    """
-    final = folder_of(run, step)
-    part = final.with_name(final.name + ".part")
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-        part.mkdir(parents=True)
-    dist.barrier()
-    problem = ""
-    try:
-        entry = _write_rank(engine, part / f"rank-{rank:05d}.safetensors")
-        write_json(part / f"rank-{rank:05d}.json", entry)
-    except OSError as error:
-        problem = f"rank {rank}: {error}"
-    _agree_or_raise(problem, f"checkpoint of step {step} could not be written to '{part}'")
-    try:
-        if rank == 0:
-            _publish(engine, part, final, step, facts)
-    except OSError as error:
-        problem = f"rank 0: {error}"
-    _agree_or_raise(problem, f"checkpoint of step {step} could not be published as '{final}'")
-    return final
-
-
-def _write_rank(engine: Engine, path: Path) -> dict[str, Any]:
-    """This rank's pieces, one tensor in memory at a time; the checksum is taken in the write stream."""
-    owned = _owned(engine)
-    shapes = {
-        piece_name(kind, shard.name, shard.shape, shard.slices): _piece_shape(shard)
-        for kind in KINDS
-        for shard, _, mine in owned
-        if mine
-    }
-    digest = hashlib.sha256()
-    failure: OSError | None = None
-    with path.open("wb") as file:
-
-        def write(data: Any) -> None:
-            nonlocal failure
-            digest.update(data)
-            try:
-                if failure is None:
-                    file.write(data)
-            except OSError as error:  # the reads below are collective: go on with them, then say so
-                failure = error
-
-        write(safetensors_header(shapes, torch.float32))
-        for kind in KINDS:
-            for shard, parameter, mine in owned:
-                value = engine.read_state(shard, parameter, kind)  # collective over the data-parallel group
-                if mine:
-                    write(value.view(torch.uint8).numpy().data)
-        if failure is not None:
-            raise failure
-        file.flush()
-        os.fsync(file.fileno())
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), "pieces": list(shapes)}
-
-
-def _owned(engine: Engine) -> list[tuple[Shard, torch.nn.Parameter, bool]]:
-    """Every shard, and whether this rank is the one that stores it: replicas take turns."""
-    layout = engine.layout
-    tp_rank, dp_rank, _ = layout.coordinates(dist.get_rank())
-    return [
-        (
-            shard,
-            parameter,
-            not shard.is_copy and index % layout.dp == dp_rank and (shard.axis is not None or tp_rank == 0),
-        )
-        for index, (shard, parameter) in enumerate(engine.shards)
-    ]
-
-
-def _publish(engine: Engine, part: Path, final: Path, step: int, facts: Mapping[str, Any]) -> None:
-    entries = [json.loads(path.read_text()) for path in sorted(part.glob("rank-*.json"))]
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "layout": engine.layout.describe(),
-        "precision": engine.runtime.precision,
-        "zero_stage": engine.runtime.zero_stage,
-        "loss_scale": engine.loss_scale,
-        "model": tables.to_table(engine.model),
-        "facts": dict(facts),
-        "files": entries,
-    }
-    manifest["sha256"] = _manifest_digest(manifest)
-    write_json(part / "manifest.json", manifest)
-    for path in part.glob("rank-*.json"):
-        path.unlink()
-    sync_folder(part)
-    if final.exists():  # the same step again, after a resume that passed a damaged one over
-        shutil.rmtree(final)
-    part.rename(final)
-    sync_folder(final.parent)
-
-
-def _agree_or_raise(problem: str, what: str) -> None:
-    """Raise on every rank when any has a problem; the first one's words are told everywhere."""
-    found = [one for one in words_of_all(problem) if one]
-    if found:
-        raise CheckpointError(f"{what}: {'; '.join(found[:4])}. The checkpoints before it are untouched.")
-
-
-def prune(run: Path, keep: int, step: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, just saved (0 keeps all); one process calls it.
-
-    Later ones are damaged: the run was resumed before them and will write them again. They are not counted, or a
-    damaged one would be kept in place of the good one.
-    """
-    found = [one for one in list_checkpoints(run) if one <= step]
-    for step in found[: max(0, len(found) - keep)] if keep else ():
-        shutil.rmtree(folder_of(run, step), ignore_errors=True)
 
 
 # -------------------------------------------------------------------- reading
@@ -173,10 +53,6 @@ def piece_name(kind: str, name: str, shape: tuple[int, ...], slices: tuple[slice
     """'weight/decoder.final_layernorm.bias[0:64]': what a piece is, readable by eye and by `_parse`."""
     spans = ",".join(f"{s.indices(n)[0]}:{s.indices(n)[1]}" for s, n in zip(slices, shape, strict=True))
     return f"{kind}/{name}[{spans}]"
-
-
-def _piece_shape(shard: Shard) -> tuple[int, ...]:
-    return tuple(s.indices(n)[1] - s.indices(n)[0] for s, n in zip(shard.slices, shard.shape, strict=True))
 
 
 def _parse(piece: str) -> tuple[str, str, tuple[tuple[int, int], ...]]:
@@ -192,11 +68,12 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.manifest = _read_manifest(folder)
+        self.manifest = read_manifest(folder)
         self.step: int = self.manifest["step"]
         self.config: ModelConfig = tables.build(ModelConfig, self.manifest["model"], what=str(folder))
         self._shapes = logical_shapes(self.config)
         self._pieces: dict[tuple[str, str], list[tuple[tuple[tuple[int, int], ...], Path, str]]] = {}
+        self._open = functools.lru_cache(maxsize=64)(TensorReader)  # a world of thousands wrote as many files
         for entry in self.manifest["files"]:
             for piece in entry["pieces"]:
                 kind, name, spans = _parse(piece)
@@ -225,16 +102,22 @@ class Checkpoint:
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of the weight in fp32."""
-        return self._read("weight", name, slices)
+        return self.read_kind("weight", name, slices)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the moments have seen: fewer than `step` where fp16 skipped some."""
+        return int(self.manifest["optimizer_steps"])
 
     def moment(self, kind: str) -> Moment:
         """'exp_avg' or 'exp_avg_sq', as a LogicalSource."""
         return Moment(self, kind)
 
-    def _read(self, kind: str, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+    def read_kind(self, kind: str, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of the weight or of a moment in fp32."""
         shape = self._shapes[name]
         wanted = [s.indices(n)[:2] for s, n in zip(slices, shape, strict=True)]
-        out = torch.empty([b - a for a, b in wanted])
+        out = torch.empty([max(0, b - a) for a, b in wanted])
         filled = 0
         for spans, path, piece in self._pieces[kind, name]:
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, spans, strict=True)]
@@ -242,12 +125,12 @@ class Checkpoint:
                 continue
             there = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, spans, strict=True))
             here = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, wanted, strict=True))
-            try:
-                with safe_open(path, framework="pt") as file:
-                    out[here] = file.get_slice(piece)[there]
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"'{path}' cannot be read: {error}.") from None
-            filled += out[here].numel()
+            part = self._open(path).read(piece, there)
+            if part.shape == out.shape:
+                out = part  # the piece is all that was asked for: no second copy
+            else:
+                out[here] = part
+            filled += part.numel()
         if filled != out.numel():
             raise CheckpointError(f"'{self.folder}' has only {filled} of {out.numel()} values of {kind}/{name}.")
         return out
@@ -260,9 +143,17 @@ class Moment:
     checkpoint: Checkpoint
     kind: str
 
+    def names(self) -> list[str]:
+        """Every logical name."""
+        return self.checkpoint.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.checkpoint.shape(name)
+
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of the moment in fp32."""
-        return self.checkpoint._read(self.kind, name, slices)
+        return self.checkpoint.read_kind(self.kind, name, slices)
 
 
 def list_checkpoints(run: Path) -> list[int]:
@@ -274,7 +165,7 @@ def list_checkpoints(run: Path) -> list[int]:
 def damage(folder: Path, share: int = 0, shares: int = 1) -> Iterator[str]:
     """What is wrong with a checkpoint, in words; `share` of `shares` divides the hashing among processes."""
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
     except CheckpointError as error:
         yield str(error)
         return
@@ -283,35 +174,65 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> Iterator[str]:
         yield f"'{folder}' holds the checkpoint of step {manifest['step']}: it was renamed or exchanged."
     for entry in manifest["files"][share::shares]:
         path = folder / entry["file"]
-        if not path.is_file():
-            yield f"'{path}' is missing."
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"'{path}' has {path.stat().st_size} bytes, not the {entry['bytes']} that were written."
-        elif _digest(path) != entry["sha256"]:
-            yield f"'{path}' is not what was written: its sha256 differs."
+        try:
+            if not path.is_file():
+                yield f"'{path}' is missing."
+            elif path.stat().st_size != entry["bytes"]:
+                yield f"'{path}' has {path.stat().st_size} bytes, not the {entry['bytes']} that were written."
+            elif sha256_of(path) != entry["sha256"]:
+                yield f"'{path}' is not what was written: its sha256 differs."
+        except OSError as error:
+            yield f"'{path}' cannot be read: {error.strerror}."
 
 
-def newest(run: Path, say: Any = print) -> Checkpoint | None:
+def figure_of(folder: Path, name: str) -> float | None:
+    """The figure 'SET/FIGURE' of the validation that came just before this checkpoint; None where there was none."""
+    one, _, figure = name.partition("/")
+    try:
+        value = float(read_manifest(folder)["facts"]["validation"][one][figure])
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def newest(run: Path, say: Callable[[str], Any] = print) -> Checkpoint | None:
     """The newest checkpoint that verifies, saying which it passed over and why; every rank of a run calls it.
 
-    None where there is no checkpoint at all; a CheckpointError where there are some and none verifies.
+    None where none was ever published; a CheckpointError where some were and none verifies.
     With a process group the files are hashed by all ranks together; without, by this process.
     """
     grouped = dist.is_available() and dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    steps = list_checkpoints(run)
+    steps, pointed = list_checkpoints(run), latest(run)
+    if pointed is not None and pointed > max(steps, default=-1):
+        say(f"passing over the checkpoint of step {pointed}: '{folder_of(run, pointed)}' was published and is gone")
     for step in reversed(steps):
         problem = next(damage(folder_of(run, step), rank, size), "")
         problems = [words for words in (words_of_all(problem) if grouped else [problem]) if words]
         if not problems:
             return Checkpoint(folder_of(run, step))
         say(f"passing over the checkpoint of step {step}: {problems[0]}")
-    if steps:
+    if steps or pointed is not None:
+        state = f"is damaged (steps {', '.join(map(str, steps))})" if steps else "is gone"
         raise CheckpointError(
-            f"every checkpoint of '{run}' is damaged (steps {', '.join(map(str, steps))}). Restore one from a copy, or "
-            "start again in another directory: going on from step 0 would overwrite what this run has told so far."
+            f"every checkpoint of '{run}' {state}. Restore one from a copy, or start again in another directory: going "
+            "on from step 0 would overwrite what this run has told so far."
         )
     return None
+
+
+def latest(run: Path) -> int | None:
+    """The step that `checkpoints/latest` names; None where there is none or it cannot be understood."""
+    try:
+        return int(json.loads((run / "checkpoints" / LATEST).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def restore(engine: Engine, found: Checkpoint) -> None:
+    """Give an engine of any layout, ZeRO stage and precision the state of a checkpoint; every rank calls it."""
+    engine.write_state(found, {kind: found.moment(kind) for kind in MOMENTS}, found.optimizer_steps)
+    engine.loss_scaler = found.manifest["loss_scaler"]
 
 
 def open_run(path: Path) -> Checkpoint:
@@ -360,29 +281,25 @@ def open_source(path: Path, config_folder: Path | None = None) -> Any:
     return open_run(path)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What is not a tensor in a checkpoint; a CheckpointError if it is not what was written."""
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest: dict[str, Any] = json.loads(text)
+        same = text == storage.json_text(manifest)  # 1e-5 and 1E-5 are the same number, but not the same file
         told = manifest.pop("sha256")
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"'{path}' is not a checkpoint's manifest.") from None
-    if told != _manifest_digest(manifest):
+    if told != manifest_digest(manifest) or not same:
         raise CheckpointError(f"'{path}' is not what was written: its own checksum differs.")
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(f"'{path}' has format {manifest['format_version']}; this xlmega reads {FORMAT_VERSION}.")
     return manifest
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The sha256 that a manifest has of itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

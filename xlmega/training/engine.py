@@ -44,6 +44,7 @@ from xlmega.weights.shards import LogicalSource, Shard, shards_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _deepspeed(device: torch.device, precision: str) -> Any:
@@ -210,10 +211,27 @@ class Engine:
         """The factor that keeps fp16 gradients in range; 1 in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self.runtime.precision == "fp16" else 1.0
 
-    @loss_scale.setter
-    def loss_scale(self, scale: float) -> None:
-        if self.runtime.precision == "fp16":
-            self._engine.optimizer.loss_scaler.cur_scale = scale
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """All that decides the next loss scales in fp16; empty in other precisions."""
+        if self.runtime.precision != "fp16":
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+
+    @loss_scaler.setter
+    def loss_scaler(self, state: Mapping[str, float]) -> None:
+        # A checkpoint of another precision has none: the scale is then found anew.
+        scaler = self._engine.optimizer.loss_scaler if self.runtime.precision == "fp16" and state else None
+        for name, value in state.items() if scaler else ():
+            if hasattr(scaler, name):  # a constant scale has no history
+                setattr(scaler, name, type(getattr(scaler, name))(value))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that Adam's moments have seen; its bias correction depends on it. Skipped steps do not count."""
+        states = self._engine.basic_optimizer.state.values()
+        return max((int(state["step"].item()) for state in states if "step" in state), default=0)
 
     def _train(self, training: bool) -> None:
         for stage in self.stages:
@@ -370,18 +388,38 @@ class Engine:
             state["step"].fill_(float(step))
 
     def read_state(self, shard: Shard, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-        """'weight', 'exp_avg' or 'exp_avg_sq' of a shard without padding, fp32 on the CPU."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        """'weight', 'exp_avg' or 'exp_avg_sq' of a shard without padding, fp32 on the CPU; copy it to keep it."""
+        start, part = self._part(parameter, kind)
+        if self.runtime.zero_stage and self.layout.dp > 1:
+            # Each value is held by one data-parallel rank. Their bit patterns are summed as integers: the sum of floats
+            # in DeepSpeed's safe_get_full_* turns -0.0 into 0.0, and no later checkpoint would be equal bit for bit.
+            size = max(math.prod(shard.local_shape), len(part) * self.layout.dp if self.runtime.zero_stage == 3 else 0)
+            bits = torch.zeros(size, dtype=torch.int32, device=self.device)
+            bits[start : start + len(part)] = part.to(self.device).view(torch.int32)
+            dist.all_reduce(bits, group=parallel_state.get_data_parallel_group())
+            part = bits.view(torch.float32)[: math.prod(shard.local_shape)]
+        return shard.valid(part.view(shard.local_shape)).cpu().contiguous()
 
+    def _part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, torch.Tensor]:
+        """What this rank holds of a local tensor's state, flat, and where it begins in it."""
+        states = self._engine.basic_optimizer.state
         if self.runtime.zero_stage == 0:
-            state = self._engine.basic_optimizer.state
-            value = parameter.data if kind == "weight" else state[parameter][kind]
-        elif kind == "weight":
-            value = safe_get_full_fp32_param(parameter)
-        else:
-            value = safe_get_full_optimizer_state(parameter, kind)
-        assert value is not None, (shard.name, kind)
-        return shard.valid(value.detach().view(shard.local_shape)).float().cpu().contiguous()
+            whole = parameter.data if kind == "weight" else states[parameter].get(kind, torch.zeros_like(parameter))
+            return 0, whole.detach().reshape(-1).float()
+        if self.runtime.zero_stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            read = safe_get_local_fp32_param if kind == "weight" else safe_get_local_optimizer_state
+            part = (read(parameter) if kind == "weight" else read(parameter, kind)).detach().float()
+            return len(part) * parallel_state.get_data_parallel_rank(), part
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # what safe_get_full_* reads (DeepSpeed 0.19.8)
+        if mapping is None:
+            return 0, torch.empty(0)
+        part = mapping.get_hp_fragment().detach().float()
+        if kind != "weight":
+            # Before the first step that fp16 did not skip there are no moments yet.
+            part = mapping.get_hp_fragment(kind).detach().float() if mapping.optim_fragment else torch.zeros_like(part)
+        return mapping.lp_fragment_address.start, part
 
     def _local(self, shard: Shard, source: LogicalSource) -> torch.Tensor:
         full = torch.zeros(shard.local_shape, dtype=torch.float32)

@@ -8,19 +8,21 @@ All ranks run it together.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from xlmega import config
 from xlmega.data.batches import Batch, Prefetched, validation_batches, validation_sets
-from xlmega.errors import DataError
-from xlmega.training import checkpoint
+from xlmega.errors import CheckpointError, DataError, NumericsError
 from xlmega.training.engine import Engine, Report
 from xlmega.training.metrics import Metrics
 from xlmega.training.optimizer import learning_rate
 from xlmega.training.run import Run
-from xlmega.training.validation import ValidationSet
+from xlmega.training.saving import Outcome, Retention, Saver
+from xlmega.training.validation import ValidationSet, total
 
 
 def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0) -> None:
@@ -30,6 +32,8 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0
     _, dp_rank, _ = run.layout.coordinates(dist.get_rank())
     batches = Prefetched(run.batches(dp_rank), first_step)
     sets = _validation_sets(run, dp_rank)
+    retention = Retention(plan.keep_checkpoints, plan.keep_every_steps, plan.keep_best)
+    saver = Saver(engine, run.output, retention, asynchronous=run.save_asynchronously)
     if first_step == 0:
         _validate(sets, engine, metrics, 0)
     for step in range(first_step, run.stop_at):
@@ -39,16 +43,27 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0
         except DataError as error:
             error.of_one_rank = True  # of this rank's windows
             raise
-        report = engine.forward_backward(batch, step=step)
-        norm, skipped = engine.apply(rate.at(step), step=step, batch=batch)
+        try:
+            report = engine.forward_backward(batch, step=step)
+            norm, skipped = engine.apply(rate.at(step), step=step, batch=batch)
+        except NumericsError:  # on every rank: a save under way is still good
+            _tell(saver.finish(), metrics)
+            raise
         done = step + 1
         if metrics:
             metrics.step(done, _record(run, engine, batch, report, norm, skipped, rate.at(step), started, done))
         last = done == run.stop_at
+        figures = {}
         if last or (plan.validate_every_steps and done % plan.validate_every_steps == 0):
-            _validate(sets, engine, metrics, done)
+            figures = _validate(sets, engine, metrics, done)
+        _tell(saver.poll(), metrics)
         if last or (plan.save_every_steps and done % plan.save_every_steps == 0):
-            _save(run, engine, metrics, done)
+            outcomes = _tell(saver.save(done, _facts(run, done, figures), wait=last), metrics)
+            if last and outcomes[-1].problem:
+                raise CheckpointError(
+                    f"the last checkpoint, of step {done}, could not be saved: {outcomes[-1].problem}. "
+                    "Make room and go on with --resume: what was saved before is untouched."
+                )
     batches.close()
 
 
@@ -60,22 +75,41 @@ def _validation_sets(run: Run, dp_rank: int) -> list[ValidationSet]:
     return [ValidationSet(name, batches, run.vocabulary.piece_bytes) for name, batches in sets.items()]
 
 
-def _validate(sets: list[ValidationSet], engine: Engine, metrics: Metrics | None, step: int) -> None:
+def _validate(
+    sets: list[ValidationSet], engine: Engine, metrics: Metrics | None, step: int
+) -> dict[str, dict[str, float]]:
+    figures = {}
     for one in sets:
         started = time.monotonic()
         scores = one.score(engine)
+        figures[one.name] = total(scores).table()
         if metrics:
             metrics.validation(step, one.name, scores, time.monotonic() - started)
+    return figures
 
 
-def _save(run: Run, engine: Engine, metrics: Metrics | None, step: int) -> None:
-    started = time.monotonic()
-    tokens = step * run.recipe.training.batch_windows * run.recipe.data.sequence_length
-    languages = {name: count * run.recipe.data.sequence_length for name, count in run.batches(0).counts(step).items()}
-    folder = checkpoint.save(engine, run.output, step, {"tokens": tokens, "tokens_by_language": languages})
+def _facts(run: Run, step: int, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What a checkpoint says of its run: enough to know what was learnt from what, and to go on without the run."""
+    plan, length = run.recipe.training, run.recipe.data.sequence_length
+    counts = run.batches(0).counts(step)
+    return {
+        "recipe": config.to_table(run.recipe),
+        "vocabulary": run.vocabulary.hash,
+        "learning_rate": learning_rate(run.recipe.optimizer, plan.total_steps).at(step),
+        "windows": sum(counts.values()),
+        "tokens": sum(counts.values()) * length,
+        "tokens_by_language": {name: count * length for name, count in counts.items()},
+        "validation": figures,
+    }
+
+
+def _tell(outcomes: Iterable[Outcome], metrics: Metrics | None) -> list[Outcome]:
+    """Say how saves ended; a failed one is not the end of the run."""
+    told = list(outcomes)
     if metrics:
-        checkpoint.prune(run.output, run.recipe.training.keep_checkpoints, step)
-        metrics.say(f"saved {folder} in {time.monotonic() - started:.1f} s")
+        for one in told:
+            metrics.saved(one)
+    return told
 
 
 def _record(

@@ -15,10 +15,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from xlmega.errors import ConfigError
+from xlmega.errors import CheckpointError, ConfigError
 from xlmega.training.validation import Score, total
+
+if TYPE_CHECKING:
+    from xlmega.training.saving import Outcome
 
 # Dense bf16 matmul peak in TFLOP/s by device name, from the vendors' data sheets (FIELD §C1).
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "V100": 125.0}
@@ -59,7 +62,7 @@ class Metrics:
         self._trackers: list[Any] = []
         path = run / "metrics.jsonl"
         _drop_after(path, first_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path)
         if wandb_project:
             self._trackers.append(_Wandb(wandb_project, run, settings or {}))
         if tensorboard:
@@ -73,7 +76,7 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._end_line()
-        self._file.close()
+        self._lines.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -99,16 +102,36 @@ class Metrics:
             flush=True,
         )
 
+    def saved(self, outcome: Outcome) -> None:
+        """How a save ended; one that failed stands in metrics.jsonl too."""
+        if outcome.problem:
+            self._append({"step": outcome.step, "save_failed": outcome.problem})
+            self.say(
+                f"NOT SAVED: the checkpoint of step {outcome.step}: {outcome.problem}. The ones before it are "
+                "untouched, and the run goes on."
+            )
+            return
+        waited = outcome.seconds - outcome.blocking_seconds > 0.05
+        behind = f", {outcome.blocking_seconds:.2f} s of them in the way of training" if waited else ""
+        self.say(f"saved {outcome.folder} in {outcome.seconds:.1f} s{behind}")
+        if outcome.note:
+            self._append({"step": outcome.step, "save_note": outcome.note})
+            self.say(f"checkpoint of step {outcome.step}: {outcome.note}")
+
     def say(self, text: str) -> None:
         """A line of its own on stdout."""
         self._end_line()
         print(text, flush=True)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(record)
         for tracker in self._trackers:
             tracker.log(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        trouble = self._lines.append(json.dumps(_finite(record), allow_nan=False) + "\n")
+        if trouble:
+            self.say(trouble)
 
     def _progress(self, step: int, record: Mapping[str, Any], keep: bool) -> None:
         rate = record["tokens_per_second"]
@@ -135,6 +158,34 @@ class Metrics:
         if self._open_line:
             print(flush=True)
             self._open_line = False
+
+
+class _Lines:
+    """Lines appended to a file; what a full disk does not take is kept and tried again with the next."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._waiting = b""
+
+    def append(self, line: str) -> str:
+        """Write a line; what is wrong, in words, when it is wrong for the first time."""
+        news = not self._waiting
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        except OSError as error:
+            return f"'{self._path}' cannot be written: {error.strerror}. Its lines are kept in memory." if news else ""
+        return ""
+
+    def close(self) -> None:
+        """Let go of the file; a CheckpointError if lines are still waiting."""
+        trouble = self.append("")
+        os.close(self._descriptor)
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            raise CheckpointError(trouble or f"{lines} lines of '{self._path}' could not be written.")
 
 
 def _drop_after(path: Path, step: int) -> None:

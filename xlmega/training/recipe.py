@@ -18,6 +18,7 @@ from xlmega.models import config as models
 from xlmega.models.config import ModelConfig
 from xlmega.training.optimizer import OptimizerSettings
 
+FIGURES = ("nats_per_token", "bits_per_byte")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -40,14 +41,34 @@ class TrainingSettings:
     """A checkpoint also comes after the last step; 0: only then."""
     keep_checkpoints: int = 3
     """The newest ones; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that this divides are kept too; 0: none."""
+    keep_best: str = ""
+    """The checkpoint with the lowest validation figure is kept too, as in "valid/bits_per_byte"; empty: none."""
 
     def problems(self) -> Iterator[str]:
         for name in ("total_steps", "batch_windows", "log_every_steps", "validation_windows"):
             if getattr(self, name) < 1:
                 yield f"{name} must be at least 1, but is {getattr(self, name)}."
-        for name in ("seed", "validate_every_steps", "save_every_steps", "keep_checkpoints"):
+        for name in ("seed", "validate_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps"):
             if getattr(self, name) < 0:
                 yield f"{name} must not be negative, but is {getattr(self, name)}."
+        if self.keep_checkpoints == 0 and (self.keep_every_steps or self.keep_best):
+            yield "keep_checkpoints=0 keeps every checkpoint. With keep_every_steps or keep_best set it to 1 or more."
+        if self.keep_every_steps and (not self.save_every_steps or self.keep_every_steps % self.save_every_steps):
+            yield (
+                f"keep_every_steps={self.keep_every_steps} must be a multiple of save_every_steps="
+                f"{self.save_every_steps}, or there is nothing to keep."
+            )
+        if not self.keep_best:
+            return
+        if self.keep_best.partition("/")[2] not in FIGURES:
+            yield f"keep_best is 'SET/FIGURE' with FIGURE one of {', '.join(FIGURES)}, but is '{self.keep_best}'."
+        if not self.validate_every_steps or self.save_every_steps % self.validate_every_steps:
+            yield (
+                f"keep_best compares validations at saved steps: save_every_steps={self.save_every_steps} must be a "
+                f"multiple of validate_every_steps={self.validate_every_steps}."
+            )
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,8 @@ FREE_ON_RESUME = {
     "training.validation_windows",
     "training.save_every_steps",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.keep_best",
 }
 
 

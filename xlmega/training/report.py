@@ -16,7 +16,8 @@ from typing import Any
 from xlmega.data.indexed import open_corpus, splits
 from xlmega.errors import CheckpointError, DataError
 from xlmega.text.vocabulary import load_vocabulary
-from xlmega.training.checkpoint import damage, folder_of, list_checkpoints
+from xlmega.training.checkpoint import folder_of, list_checkpoints
+from xlmega.training.inspection import checkpoint_lines
 from xlmega.weights.directory import check_free
 from xlmega.weights.huggingface import sample_text
 
@@ -60,6 +61,8 @@ def read_history(run: Path) -> History:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if "save_failed" in record or "save_note" in record:
+                continue
             kind = validations.setdefault(record["validation"], {}) if "validation" in record else steps
             kind[record["step"]] = record  # a run that was resumed may tell a step twice: the later one counts
         except (ValueError, TypeError, KeyError):
@@ -98,14 +101,7 @@ def describe(run: Path, *, verify: bool = False) -> Iterator[str]:
     for name in history.validations:
         yield from ("", *before_and_after(history, name))
     yield ""
-    found = list_checkpoints(run)
-    yield f"checkpoints: {len(found) or 'none'}"
-    for step in found:
-        folder = folder_of(run, step)
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        problems = list(damage(folder)) if verify else []
-        state = "" if not verify else f", DAMAGED: {' '.join(problems)}" if problems else ", whole"
-        yield f"  {folder} {size / 1e6:.1f} MB{state}"
+    yield from checkpoint_lines(run, verify=verify)
 
 
 def before_and_after(history: History, name: str) -> Iterator[str]:

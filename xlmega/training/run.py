@@ -6,6 +6,7 @@ error. `--dry_run` prints `summary(run)` and stops here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -19,15 +20,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import torch.distributed as dist
+
 from xlmega import __version__, config
 from xlmega.data.batches import Batches, validation_sets
 from xlmega.data.indexed import IndexedTokens, damage, open_corpus, splits
 from xlmega.data.windows import MAX_SIZE
-from xlmega.errors import CheckpointError, ConfigError, DataError
+from xlmega.errors import CheckpointError, ConfigError, DataError, nearest
 from xlmega.models.config import check_layout
+from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.training.checkpoint import list_checkpoints, open_source
+from xlmega.training.locking import LOCK_NAME, held
 from xlmega.training.recipe import Recipe, differences
 from xlmega.training.runtime import Runtime, check_pair
 from xlmega.weights.directory import check_shapes, copy_folder, write_json
@@ -54,6 +59,8 @@ class Run:
     """Of each data-parallel rank in a step."""
     stop_at: int
     """Updates after which to save and end."""
+    save_asynchronously: bool = False
+    """Train on while a checkpoint is written from a copy."""
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -74,7 +81,14 @@ class Run:
 
 
 def resolve(
-    recipe: Recipe, runtime: Runtime, layout: Layout, output: Path, *, recompute: str = "none", stop_at: int = 0
+    recipe: Recipe,
+    runtime: Runtime,
+    layout: Layout,
+    output: Path,
+    *,
+    recompute: str = "none",
+    stop_at: int = 0,
+    save_asynchronously: bool = False,
 ) -> Run:
     """Check recipe, data, model, layout and precision against one another and open the data."""
     if not recipe.data.root:
@@ -106,10 +120,16 @@ def resolve(
             f"training.total_steps={total_steps} x batch_windows={recipe.training.batch_windows} is more windows than "
             f"can be numbered ({MAX_SIZE}). Lower either."
         )
-    run = Run(recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at or total_steps)
+    stop_at = stop_at or total_steps
+    run = Run(recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at, save_asynchronously)
     batches = run.batches(0)
     check_interleaving(layout, batches.micro_batches)
-    validation_sets(root, recipe.data, recipe.training.validation_windows)  # that they open, before anything starts
+    sets = validation_sets(
+        root, recipe.data, recipe.training.validation_windows
+    )  # that they open, before anything starts
+    best = recipe.training.keep_best.partition("/")[0]
+    if best and best not in sets:
+        raise ConfigError(f"training.keep_best names the validation set '{best}'.{nearest(best, sets)}")
     return replace(run, micro_batches=batches.micro_batches)
 
 
@@ -145,6 +165,9 @@ def first_weights(recipe: Recipe) -> LogicalSource:
 
 # -------------------------------------------------------------------- run directory
 
+# What lies in a run directory before run.json does.
+_BEGINNINGS = {LOCK_NAME, "checkpoints", "vocabulary", "vocabulary.part", "run.json.part"}
+
 
 def check_output(run: Run, *, resume: bool) -> None:
     """Refuse a run directory that is occupied, unwritable or of another run; nothing is created."""
@@ -164,7 +187,8 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
         raise CheckpointError(f"--output '{output}' cannot be made: '{above}' is a file. Choose another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(f"--output '{output}' cannot be written: no permission in '{above}'.")
-    if not output.is_dir() or not any(output.iterdir()):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if names <= _BEGINNINGS and not list_checkpoints(output):  # new, or killed before it had begun
         return
     if not resume:
         state = f"checkpoints of steps {list_checkpoints(output)}" if list_checkpoints(output) else "files"
@@ -201,6 +225,20 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
             f"--resume: '{output}' was trained on other tokens of {', '.join(other[:10])} than those of "
             f"'{run.recipe.data.root}', so it cannot go on where it stood. Point data.root at the tokens of the first."
         )
+
+
+def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool) -> None:
+    """Have rank 0 hold the run directory until `stack` closes, or learn who does; every rank calls it."""
+    problem = ""
+    if dist.get_rank() == 0:
+        try:
+            stack.enter_context(held(run.output))
+            check_output(run, resume=resume)  # again: another run may have come in between
+        except CheckpointError as error:
+            problem = str(error)
+    told = words_of_all(problem)[0]
+    if told:
+        raise CheckpointError(told)
 
 
 def create_output(run: Run) -> None:

@@ -134,6 +134,11 @@ def runtime(settings: Mapping[str, Any], *, what: str = "ds_config") -> Runtime:
             f"{what}: overlap_comm reduces during DeepSpeed's own backward pass, but at stage 1 the pipeline schedule "
             "runs it. Drop overlap_comm, or use stage 2."
         )
+    if zero.get("round_robin_gradients"):
+        raise ConfigError(
+            f"{what}: with round_robin_gradients DeepSpeed 0.19.8 gives out other parameters' optimizer state than was "
+            "asked for, so a checkpoint would be wrong. Drop it."
+        )
     for kind, table in (("bf16", bf16), ("fp16", fp16)):
         if not isinstance(table.get("enabled", False), bool):
             raise ConfigError(f"{what}: {kind}.enabled must be true or false, but is {table['enabled']!r}.")
