@@ -4,10 +4,12 @@
     python tools/build_corpus.py mc4 MC4 --num_shards 1024 --output data/mc4
     python tools/build_corpus.py oscar OSCAR --languages de --megabytes 4096 --output data/oscar_de
     python tools/build_corpus.py europarl --languages en fr --europarl EP.en EP.fr --output data/europarl
+    python tools/build_corpus.py bitext opus:TED2020 hf:allenai/nllb --languages eng swh --output data/eng_swh
     python tools/build_corpus.py --made --output data/made
 
-Each writes OUTPUT/train/... and, where there is one, OUTPUT/valid/..., as tools/tokenize_corpus.py reads them, and the
-statistics of every stage (corpus.json). An interrupted build is finished by the same command. `VERB --help` says more.
+Each writes OUTPUT/train/... and, where there is one, OUTPUT/valid/..., as tools/tokenize_corpus.py reads them; pairs go
+to OUTPUT/parallel/. The statistics of every stage are shown and kept (corpus.json). An interrupted build is finished by
+the same command. `VERB --help` says more.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 from pathlib import Path
 
 from xlmega.errors import run_main
-from xlmega.text import aligned, conversion, mc4, sources, synthetic
+from xlmega.text import aligned, bitext, conversion, filters, mc4, parallel_sources, sources, synthetic
 from xlmega.text.tally import Statistics, table
 
 
@@ -25,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--made", action="store_true", help="the same as the verb 'made'")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in (add_text, add_mc4, add_oscar, add_europarl, add_made):
+    for add in (add_text, add_mc4, add_oscar, add_europarl, add_bitext, add_made):
         add(verbs)
     words = sys.argv[1:]
     args = parser.parse_args(["made", *(w for w in words if w != "--made")] if "--made" in words else words)
@@ -132,6 +134,72 @@ def add_europarl(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             args.output,
             seed=args.seed,
             lines_per_document=args.lines_per_document,
+            overwrite=args.overwrite,
+            say=say,
+        )
+        finish(args, statistics)
+
+    parser.set_defaults(run=run)
+
+
+def add_bitext(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser("bitext", help="sentence pairs: fetched, filtered, without duplicates, scored, shuffled")
+    parser.add_argument(
+        "corpora",
+        nargs="+",
+        help="FILE_A,FILE_B (aligned lines), an OPUS archive (.zip), records with 'translation' (.jsonl, .parquet), a "
+        "saved data set, hf:NAME or opus:NAME",
+    )
+    parser.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
+    keep, select, opus = filters.Filters(), bitext.Selection(), parallel_sources.Opus()
+    parser.add_argument("--max_per_corpus", type=int, default=select.max_per_corpus, help="pairs; 0: all (%(default)s)")
+    parser.add_argument("--min_words", type=int, default=keep.min_words, help="of either side (%(default)s)")
+    parser.add_argument("--max_words", type=int, default=keep.max_words, help="of either side (%(default)s)")
+    parser.add_argument("--min_characters", type=int, default=keep.min_characters, help="(%(default)s)")
+    parser.add_argument("--max_characters", type=int, default=keep.max_characters, help="0: any number (%(default)s)")
+    parser.add_argument("--min_ratio", type=float, default=keep.min_ratio, help="of words, either way (%(default)s)")
+    parser.add_argument("--max_ratio", type=float, default=keep.max_ratio, help="of words, either way (%(default)s)")
+    parser.add_argument("--skip_normalisation", action="store_true", help="leave punctuation as it is")
+    parser.add_argument("--skip_language_id", action="store_true", help="believe the corpora")
+    parser.add_argument(
+        "--embedding_threshold", type=float, default=select.embedding_threshold, help="0: no embeddings (%(default)s)"
+    )
+    parser.add_argument("--embedding_model", default=select.embedding_model, help="name or folder (%(default)s)")
+    parser.add_argument("--embedding_batch_size", type=int, default=select.embedding_batch_size, help="(%(default)s)")
+    parser.add_argument("--target_size", type=int, default=select.target_size, help="pairs; 0: all (%(default)s)")
+    parser.add_argument("--valid_pairs", type=int, default=select.valid_pairs, help="beside those (%(default)s)")
+    parser.add_argument("--seed", type=int, default=select.seed, help="of the order (%(default)s)")
+    parser.add_argument("--opus_folder", type=Path, default=opus.folder, help="where archives are kept (%(default)s)")
+    parser.add_argument("--opus_release", default=opus.release, help="(%(default)s)")
+    parser.add_argument("--opus_preprocess", choices=parallel_sources.PREPROCESSINGS, default=opus.preprocess)
+    add_output(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        statistics = bitext.build_bitext(
+            args.corpora,
+            args.languages[0],
+            args.languages[1],
+            args.output,
+            filters=filters.Filters(
+                min_words=args.min_words,
+                max_words=args.max_words,
+                min_ratio=args.min_ratio,
+                max_ratio=args.max_ratio,
+                min_characters=args.min_characters,
+                max_characters=args.max_characters,
+                normalise_punctuation=not args.skip_normalisation,
+                identify_language=not args.skip_language_id,
+            ),
+            selection=bitext.Selection(
+                max_per_corpus=args.max_per_corpus,
+                embedding_threshold=args.embedding_threshold,
+                embedding_model=args.embedding_model,
+                embedding_batch_size=args.embedding_batch_size,
+                target_size=args.target_size,
+                valid_pairs=args.valid_pairs,
+                seed=args.seed,
+            ),
+            opus=parallel_sources.Opus(args.opus_folder, args.opus_release, args.opus_preprocess),
             overwrite=args.overwrite,
             say=say,
         )

@@ -149,7 +149,7 @@ def test_data_sets_saved_on_disk_and_loaded_by_name(tmp_path: Path) -> None:
     write_records(tmp_path / "byname" / "train.jsonl", [{"text": "c"}])
     found = convert(f"hf:{tmp_path / 'byname'}", tmp_path / "out3", language="fr")
     assert found == [Document("c", "fr", f"hf:{tmp_path / 'byname'}:1")]
-    with pytest.raises(DataError, match="has none of the configurations xx. It has: default"):
+    with pytest.raises(DataError, match="has no configuration 'xx'. Name one of: default"):
         convert(f"hf:{tmp_path / 'byname'}:xx", tmp_path / "out4", language="fr")
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot read '.*one'"):

@@ -6,7 +6,7 @@ in a DataError that names the data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ ROWS = 1024
 """Rows of a parquet file in memory at once."""
 
 
-def parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, its values of those of `columns` that the file has)."""
+def parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, its values of those of `columns` that the file has; of all for None)."""
     try:
         from pyarrow import parquet
     except ImportError:
         raise DataError(f"reading '{file}' needs the package pyarrow: pip install pyarrow.") from None
     number = 0
     with _named(str(file)), parquet.ParquetFile(file) as opened:
-        known = [column for column in columns if column in opened.schema_arrow.names]
+        names = opened.schema_arrow.names
+        known = [column for column in names if columns is None or column in columns]
         for batch in opened.iter_batches(ROWS, columns=known):
             for row in batch.to_pylist():
                 number += 1
@@ -48,30 +49,29 @@ def saved_rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(package.load_from_disk(str(folder)), start=1)
 
 
-def hub_rows(name: str, configs: Sequence[str | None], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def hub_rows(name: str, split: str, choose: Callable[[list[str]], str | None]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, row) of a data set of the hub, or of a folder that `load_dataset` reads, streamed.
 
-    The first of `configs` (None: no configuration) that the data set has is taken.
+    `choose` picks one of its configurations, or none by None.
     """
     package = _datasets(name)
     with _named(name):
-        config = _first_config(package, name, configs)
+        config = choose(list(package.get_dataset_config_names(name)))
         yield from enumerate(package.load_dataset(name, config, split=split, streaming=True), start=1)
 
 
-def _first_config(package: Any, name: str, configs: Sequence[str | None]) -> str | None:
-    known = package.get_dataset_config_names(name)
-    for config in configs:
-        if config in known or (config is None and (len(known) < 2 or "default" in known)):
-            return config
-    asked = ", ".join(str(config) for config in configs)
-    raise DataError(f"'{name}' has none of the configurations {asked}. It has: {', '.join(known[:40])}.")
+def one_config(name: str, wanted: str | None) -> Callable[[list[str]], str | None]:
+    """The choice of a configuration by its name, or of the only one there is."""
 
+    def choose(known: list[str]) -> str | None:
+        if wanted in known:
+            return wanted
+        if wanted is None and (len(known) < 2 or "default" in known):
+            return None
+        asked = f"no configuration '{wanted}'" if wanted else "several configurations"
+        raise DataError(f"'{name}' has {asked}. Name one of: {', '.join(known[:40])}.")
 
-def translation_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The column `translation`, or the row itself where the languages are columns."""
-    inner = row.get("translation")
-    return inner if isinstance(inner, Mapping) else row
+    return choose
 
 
 def _datasets(what: str) -> Any:

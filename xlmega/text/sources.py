@@ -162,7 +162,9 @@ def _hub_source(where: str, reading: Reading, language: str | None) -> Source:
         raise ConfigError(f"'{where}' is none of hf:NAME, hf:NAME:CONFIG, hf:NAME:CONFIG:SPLIT.")
     name, config, split = [*parts, "", ""][:3]
     split = split or "train"
-    read = partial(_rows, partial(hub.hub_rows, name, [config or None], split), where, reading.text_key)
+    read = partial(
+        _rows, partial(hub.hub_rows, name, split, hub.one_config(name, config or None)), where, reading.text_key
+    )
     return Source(name, SPLITS.get(split, split), language, where, 0, read)
 
 
