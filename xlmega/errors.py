@@ -49,6 +49,32 @@ class RendezvousError(XlmegaError):
     of_one_rank = True
 
 
+class LostRankError(XlmegaError):
+    """A rank of a running run ended or went silent, so the others cannot go on."""
+
+    exit_code = 5
+    of_one_rank = True
+
+
+class HangError(XlmegaError):
+    """No rank ended, and yet nothing moves."""
+
+    exit_code = 6
+    of_one_rank = True
+
+
+class ReplicaError(XlmegaError):
+    """Parameters that must be the same on several ranks are not."""
+
+    exit_code = 7
+
+
+class StoppedError(XlmegaError):
+    """The run was asked to stop before its end and has saved: starting it again with --resume goes on."""
+
+    exit_code = 75
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for the closest known name, or the list of known names when none is close."""
     known = sorted(known)

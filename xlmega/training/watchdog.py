@@ -1,0 +1,226 @@
+"""A thread beside each rank's training that knows when nothing moves, and says which rank is to blame.
+
+In come beats: the main thread says at each turn what it is doing ("data", "step", "save", ...). Every interval the thread
+writes its rank's beat into the store in which the ranks met and looks at its neighbour's, so that each rank is watched by
+one other at a cost that does not grow with their number. Out comes, at most once in a run, a verdict that all ranks read:
+
+- a rank that ended with an error tells so itself; one that was killed or stopped no longer beats, and its neighbour tells;
+- a rank whose own beat is older than its limit (a multiple of the median step, or `timeout_seconds` for everything else)
+  tells that nothing moves, and the ranks that are not where the others wait are named.
+
+On a verdict every rank writes the stacks of its threads to `RUN/hang/rank-00003.txt` and the process ends with the code of
+LostRankError or HangError, from the thread, since the main thread may be inside a collective that never returns.
+Guaranteed: no rank is left behind for longer than its limit plus `silent_seconds`; a rank that is merely slow (a loaded
+machine) is not accused, since limits are counted from its own beats.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from xlmega.errors import HangError, LostRankError, XlmegaError
+
+STEP = "step"
+_VERDICT = "verdict"
+_GRACE_SECONDS = 5.0
+"""How long a rank whose main thread is already ending may take to do so by itself."""
+
+
+class Store(Protocol):
+    """The part of torch.distributed's store that is used; an exception means that its host is gone."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def add(self, key: str, amount: int) -> int: ...
+
+
+class Watchdog:
+    """Watches one rank and its neighbour; a context manager around the training of a run."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        folder: Path,
+        host: str = "",
+        timeout_seconds: float = 900.0,
+        step_factor: float = 20.0,
+        least_step_seconds: float = 60.0,
+        silent_seconds: float = 60.0,
+        interval_seconds: float = 2.0,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._store, self._rank, self._world_size, self._host = store, rank, world_size, host
+        self._folder, self._end = folder, end
+        self._timeout, self._factor, self._least = timeout_seconds, step_factor, least_step_seconds
+        self._silent, self._interval = silent_seconds, interval_seconds
+        self._seconds: deque[float] = deque(maxlen=64)
+        self._beat: tuple[float, int, str] = (time.monotonic(), 0, "start")
+        self._count = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="xlmega-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None or self._world_size == 1 or _is_everybodys(error):
+                return
+            if not _is_a_peers(error):
+                words = f"ended with {type(error).__name__}: {str(error)[:500]}"
+                self._tell(words, [self._rank], LostRankError.exit_code)
+                return
+            verdict = self._who_left()
+        finally:
+            self._closing.set()
+            self._thread.join(timeout=30.0)
+        raise LostRankError(_spell(verdict)) from None
+
+    def beat(self, step: int, doing: str) -> None:
+        """The main thread is at `step` and begins `doing`; a step's own length is learnt from beat to beat."""
+        now = time.monotonic()
+        before, _, was = self._beat
+        if was == STEP:
+            self._seconds.append(now - before)
+        self._beat = (now, step, doing)
+
+    def limit(self) -> float:
+        """Seconds that what the main thread is doing may take."""
+        if self._beat[2] == STEP and len(self._seconds) >= 3:
+            return min(self._timeout, max(self._least, self._factor * statistics.median(self._seconds)))
+        return self._timeout
+
+    # ---------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        neighbour = (self._rank + 1) % self._world_size
+        heard, seen = time.monotonic(), b""
+        while not self._closing.wait(self._interval):
+            try:
+                self._publish()
+                if self._store.check([_VERDICT]):
+                    self._obey(json.loads(self._store.get(_VERDICT)))
+                    return
+                if neighbour != self._rank and self._store.check([f"beat/{neighbour}"]):
+                    told = self._store.get(f"beat/{neighbour}")
+                    now = time.monotonic()
+                    if told != seen:
+                        heard, seen = now, told
+                    elif now - heard > self._silent:
+                        self._tell(f"has been silent for {now - heard:.0f} s", [neighbour], LostRankError.exit_code)
+                started = self._beat[0]
+                if time.monotonic() - started > self.limit():
+                    words = f"nothing has moved for {time.monotonic() - started:.0f} s"
+                    self._tell(f"{words} (limit {self.limit():.0f} s)", self._behind(), HangError.exit_code)
+            except RuntimeError:  # torch.distributed.DistError and its kin: the store's host does not answer
+                if not self._closing.wait(self._interval):
+                    host = {"words": "keeps the store of the run and does not answer", "ranks": [0]}
+                    self._obey({**host, "code": LostRankError.exit_code, "where": ""})
+                return
+
+    def _who_left(self) -> dict[str, Any]:
+        """A connection broke: the verdict that a rank left behind, or the ranks that no longer beat."""
+        with suppress(RuntimeError):
+            before = self._beats()
+            deadline = time.monotonic() + 2.5 * self._interval + 1.0
+            while time.monotonic() < deadline:
+                if self._store.check([_VERDICT]):
+                    return dict(json.loads(self._store.get(_VERDICT)))
+                time.sleep(0.1)
+            after = self._beats()
+            silent = [rank for rank in range(self._world_size) if after.get(rank) == before.get(rank)]
+            self._tell("left the run without a word", silent, LostRankError.exit_code)
+            return dict(json.loads(self._store.get(_VERDICT)))
+        return {"words": "keeps the store of the run and is gone", "ranks": [0], "where": ""}
+
+    def _beats(self) -> dict[int, dict[str, Any]]:
+        """The newest beat of every rank that has one."""
+        found = {}
+        for rank in range(self._world_size):
+            if self._store.check([f"beat/{rank}"]):
+                found[rank] = json.loads(self._store.get(f"beat/{rank}"))
+        return found
+
+    def _publish(self) -> None:
+        self._count += 1
+        started, step, doing = self._beat
+        told = {"count": self._count, "step": step, "doing": doing, "for": round(time.monotonic() - started, 1)}
+        self._store.set(f"beat/{self._rank}", json.dumps({**told, "host": self._host}))
+
+    def _behind(self) -> list[int]:
+        """The ranks that are not where most are; empty where all wait at the same place."""
+        places: dict[tuple[int, str], list[int]] = {}
+        for rank, told in self._beats().items():
+            places.setdefault((told["step"], told["doing"]), []).append(rank)
+        most = max(places.values(), key=len, default=[])
+        return sorted(rank for ranks in places.values() if ranks is not most for rank in ranks)
+
+    def _tell(self, words: str, ranks: list[int], code: int) -> None:
+        """Put a verdict where all ranks will read it, unless there is one."""
+        with suppress(RuntimeError):
+            if not self._store.check([_VERDICT]):
+                where = []
+                for rank in ranks[:16]:
+                    if self._store.check([f"beat/{rank}"]):
+                        told = json.loads(self._store.get(f"beat/{rank}"))
+                        where.append(f"rank {rank} on {told['host']} at step {told['step']} ({told['doing']})")
+                verdict = {"words": words, "ranks": ranks, "code": code, "where": "; ".join(where)}
+                self._store.set(_VERDICT, json.dumps(verdict))
+
+    def _obey(self, verdict: dict[str, Any]) -> None:
+        """Leave the stacks, say why, and end the process, unless it ends by itself in a moment."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        if self._closing.wait(_GRACE_SECONDS):
+            return
+        if self._speaks():
+            kind = HangError if verdict["code"] == HangError.exit_code else LostRankError
+            stacks = f"Stacks of the ranks are in '{self._folder}'."
+            print(f"{kind.__name__}: {_spell(verdict)} {stacks}", file=sys.stderr, flush=True)
+        self._end(int(verdict["code"]))
+
+    def _speaks(self) -> bool:
+        """One rank of each host tells what all know; where the store is gone, each tells."""
+        with suppress(RuntimeError):
+            return self._store.add(f"spoken/{self._host}", 1) == 1
+        return True
+
+
+def _spell(verdict: dict[str, Any]) -> str:
+    ranks = verdict["ranks"]
+    names = f"rank {', '.join(map(str, ranks[:16]))}" if ranks else "all ranks stand at the same place"
+    where = f" ({verdict['where']})" if verdict["where"] else ""
+    return f"{names}: {verdict['words']}{where}. Go on from the last checkpoint with the same command and --resume."
+
+
+def _is_a_peers(error: BaseException) -> bool:
+    """A broken connection: some other rank ended, and this one only noticed."""
+    words = str(error)
+    return isinstance(error, RuntimeError) and any(
+        told in words for told in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
+    )
+
+
+def _is_everybodys(error: BaseException) -> bool:
+    """An error that every rank raises together needs no verdict."""
+    return isinstance(error, XlmegaError) and not error.of_one_rank
