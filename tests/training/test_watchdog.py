@@ -60,9 +60,10 @@ def test_a_hang_names_the_rank_that_is_elsewhere(tmp_path: Path, capsys: pytest.
     assert "rank 1" in told and "n0 at step 7 (data)" in told and "limit 1 s" in told and "--resume" in told
     assert told.count("HangError") == 2  # one rank of each host speaks
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"rank-0000{rank}.txt" for rank in range(3)]
-    assert "test_watchdog" in (tmp_path / "rank-00000.txt").read_text() or "Thread" in (
-        tmp_path / "rank-00000.txt"
-    ).read_text()
+    assert (
+        "test_watchdog" in (tmp_path / "rank-00000.txt").read_text()
+        or "Thread" in (tmp_path / "rank-00000.txt").read_text()
+    )
 
 
 def test_a_silent_rank_is_named_by_its_neighbour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,18 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
     return store
 
 
+def meeting_store(process: Process, name: str, *, timeout_seconds: float = 60.0) -> dist.Store:
+    """Another connection to the store in which the ranks met, with keys of its own; for threads and for checks."""
+    store = dist.TCPStore(
+        process.master_addr,
+        process.master_port,
+        is_master=False,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"{name}_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _await_listener(process: Process, deadline: float) -> None:
     """Return once rank 0 listens; an OSError when it does not by the deadline."""
     while True:

@@ -1,10 +1,10 @@
 """Being asked to stop: signals and a file in, one answer at the next step boundary out.
 
-SIGTERM and SIGUSR1 (what Slurm sends ahead of a time limit or a preemption), Ctrl-C, and a file `RUN/stop` for launchers
-that pass no signals on: each asks the run to save at the next step boundary and to end with a code that says "start me
-again". One rank that was asked is enough: its wish rides on the step's own sum over all ranks, so all stop at the same
-step. A second SIGTERM or Ctrl-C ends the process at once; one that follows within two seconds is taken for the same
-wish, since launchers pass on what the terminal or Slurm has sent to everybody already.
+SIGTERM and SIGUSR1 (what Slurm sends ahead of a time limit or a preemption), Ctrl-C, and a file `RUN/stop` for
+launchers that pass no signals on: each asks the run to save at the next step boundary and to end with a code that
+says "start me again". One rank that was asked is enough: its wish rides on the step's own sum over all ranks, so all
+stop at the same step. A second SIGTERM or Ctrl-C ends the process at once; one that follows within two seconds is
+taken for the same wish, since launchers pass on what the terminal or Slurm has sent to everybody already.
 
 Guaranteed: a handler only notes the wish, so nothing is interrupted in the middle; handlers are restored on leaving.
 """

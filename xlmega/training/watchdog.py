@@ -1,17 +1,19 @@
 """A thread beside each rank's training that knows when nothing moves, and says which rank is to blame.
 
-In come beats: the main thread says at each turn what it is doing ("data", "step", "save", ...). Every interval the thread
-writes its rank's beat into the store in which the ranks met and looks at its neighbour's, so that each rank is watched by
-one other at a cost that does not grow with their number. Out comes, at most once in a run, a verdict that all ranks read:
+In come beats: the main thread says at each turn what it is doing ("data", "step", "save", ...). Every interval the
+thread writes its rank's beat into the store in which the ranks met and looks at its neighbour's, so that each rank
+is watched by one other at a cost that does not grow with their number. Out comes, at most once in a run, a verdict
+that all ranks read:
 
-- a rank that ended with an error tells so itself; one that was killed or stopped no longer beats, and its neighbour tells;
-- a rank whose own beat is older than its limit (a multiple of the median step, or `timeout_seconds` for everything else)
-  tells that nothing moves, and the ranks that are not where the others wait are named.
+- a rank that ended with an error tells so itself; one that was killed or stopped no longer beats, and its neighbour
+  tells;
+- a rank whose own beat is older than its limit (a multiple of the median step, or `timeout_seconds` for everything
+  else) tells that nothing moves, and the ranks that are not where the others wait are named.
 
-On a verdict every rank writes the stacks of its threads to `RUN/hang/rank-00003.txt` and the process ends with the code of
-LostRankError or HangError, from the thread, since the main thread may be inside a collective that never returns.
-Guaranteed: no rank is left behind for longer than its limit plus `silent_seconds`; a rank that is merely slow (a loaded
-machine) is not accused, since limits are counted from its own beats.
+On a verdict every rank writes the stacks of its threads to `RUN/hang/rank-00003.txt` and the process ends with the
+code of LostRankError or HangError, from the thread, since the main thread may be inside a collective that never
+returns. Guaranteed: no rank is left behind for longer than its limit plus `silent_seconds`; a rank that is merely
+slow (a loaded machine) is not accused, since limits are counted from its own beats.
 """
 
 from __future__ import annotations
@@ -217,7 +219,8 @@ def _is_a_peers(error: BaseException) -> bool:
     """A broken connection: some other rank ended, and this one only noticed."""
     words = str(error)
     return isinstance(error, RuntimeError) and any(
-        told in words for told in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
+        told in words
+        for told in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
     )
 
 
