@@ -91,6 +91,8 @@ class Report:
     """Number of predicted tokens (sum of weights), per language."""
     extra: tuple[float, ...] = ()
     """What the caller gave as `extra`, summed over data-parallel ranks."""
+    wishes: int = 0
+    """How many ranks wished to stop; the same on every rank."""
 
     @property
     def loss(self) -> float:
@@ -165,14 +167,17 @@ class Engine:
 
     # ---------------------------------------------------------------- a step
 
-    def forward_backward(self, batch: Batch, *, step: int = 0) -> Report:
-        """Gradients of the mean loss over the step's predicted tokens; NumericsError when the loss is not finite."""
+    def forward_backward(self, batch: Batch, *, step: int = 0, wish: bool = False) -> Report:
+        """Gradients of the mean loss over the step's predicted tokens; NumericsError when the loss is not finite.
+
+        `wish` is this rank's wish to stop: it rides on the sum over all ranks that the report needs anyway.
+        """
         self._train(True)
         targets = torch.tensor(float(batch.weights.sum(dtype="float64")), dtype=torch.float64)
         dist.all_reduce(targets, group=parallel_state.get_data_parallel_group())
         # Gradients are averaged over data-parallel ranks, and the loss is a mean over all of them.
         unit = self.layout.dp / max(targets.item(), 1.0)
-        report = self._pass(batch, unit, train=True)
+        report = self._pass(batch, unit, train=True, wish=wish)
         if not math.isfinite(report.loss):
             raise NumericsError(
                 f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed."
@@ -245,6 +250,7 @@ class Engine:
         train: bool,
         num_languages: int | None = None,
         extra: npt.NDArray[np.float64] | None = None,
+        wish: bool = False,
     ) -> Report:
         self._nll.clear()
         for stage in self.stages:
@@ -253,7 +259,7 @@ class Engine:
             self._own_backward(batch, unit)
         else:
             self._scheduled(batch, unit, train)
-        return self._gathered(batch, num_languages or max(1, len(self._languages)), extra)
+        return self._gathered(batch, num_languages or max(1, len(self._languages)), extra, wish)
 
     def _micro_batches(self, batch: Batch, unit: float) -> Iterator[tuple[int, MicroBatch]]:
         for index in range(batch.tokens.shape[0]):
@@ -301,9 +307,10 @@ class Engine:
             self._nll.append((index, nll_BL))
             self._engine.backward(loss, scale_wrt_gas=False)
 
-    def _gathered(self, batch: Batch, num_languages: int, extra: npt.NDArray[np.float64] | None) -> Report:
-        """Sums per language over all ranks; only one rank per replica of the last stage contributes."""
-        sums = torch.zeros(3, num_languages, dtype=torch.float64)
+    def _gathered(self, batch: Batch, num_languages: int, extra: npt.NDArray[np.float64] | None, wish: bool) -> Report:
+        """Sums per language over all ranks; only one rank per replica of the last stage contributes to the scores."""
+        sums = torch.zeros(4, num_languages, dtype=torch.float64)
+        sums[3, 0] = float(wish)
         if self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
             if extra is not None:
                 sums[2] = torch.from_numpy(extra)
@@ -315,7 +322,8 @@ class Engine:
                 sums[0].index_add_(0, where, nll_B)
                 sums[1].index_add_(0, where, weights_BL.sum(1))
         dist.all_reduce(sums)
-        return Report(*(tuple(row) for row in sums.tolist()))
+        nll, targets, extras, wishes = (tuple(row) for row in sums.tolist())
+        return Report(nll, targets, extras, round(wishes[0]))
 
     def _name(self, batch: Batch | None, report: Report | None) -> str:
         """The batch in words, for an error."""

@@ -58,8 +58,8 @@ def check_replicas(engine: Engine, step: int) -> None:
     told = sorted({words for words in words_of_all("; ".join(problems)) if words})
     if told:
         raise ReplicaError(
-            f"after step {step} {'; '.join(told[:4])}. What these ranks hold must be equal bit for bit: a device computed "
-            "wrongly, or memory was corrupted. Take that node out, and go on from a checkpoint before it."
+            f"after step {step} {'; '.join(told[:4])}. What these ranks hold must be equal bit for bit: a device "
+            "computed wrongly, or memory was corrupted. Take that node out, and go on from a checkpoint before it."
         )
 
 
@@ -83,6 +83,5 @@ def _differing(prints: list[tuple[str, int]], group: dist.ProcessGroup, kind: st
     if not names:
         return []
     who, of = (", ".join(map(str, some[:16])) for some in (sorted(accused), ranks))
-    return [
-        f"{kind} replicas differ: rank {who} (of {of}) in {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
-    ]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"{kind} replicas differ: rank {who} (of {of}) in {names[0]}{more}"]

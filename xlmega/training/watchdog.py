@@ -35,6 +35,8 @@ from xlmega.errors import HangError, LostRankError, XlmegaError
 
 STEP = "step"
 _VERDICT = "verdict"
+_OF_A_PEER = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
+"""What gloo and NCCL say when another rank has ended."""
 _GRACE_SECONDS = 5.0
 """How long a rank whose main thread is already ending may take to do so by itself."""
 
@@ -217,11 +219,7 @@ def _spell(verdict: dict[str, Any]) -> str:
 
 def _is_a_peers(error: BaseException) -> bool:
     """A broken connection: some other rank ended, and this one only noticed."""
-    words = str(error)
-    return isinstance(error, RuntimeError) and any(
-        told in words
-        for told in ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
-    )
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in _OF_A_PEER)
 
 
 def _is_everybodys(error: BaseException) -> bool:
