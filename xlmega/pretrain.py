@@ -16,6 +16,7 @@ from xlmega import __version__
 from xlmega.errors import ConfigError, DataError, XlmegaError, run_main
 from xlmega.parallel import groups
 from xlmega.parallel.layout import choose
+from xlmega.parallel.preflight import preflight
 from xlmega.training.checkpoint import newest, restore
 from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
@@ -31,6 +32,7 @@ from xlmega.training.run import (
     summary,
 )
 from xlmega.training.runtime import read_runtime
+from xlmega.training.supervision import SupervisionSettings, Supervisor
 
 
 def arguments() -> argparse.Namespace:
@@ -56,6 +58,13 @@ def arguments() -> argparse.Namespace:
     run.add_argument("--world_size", type=int, help="with --dry_run: plan for this many ranks")
     run.add_argument("--wandb", default="", metavar="PROJECT", help="track in this wandb project (offline works)")
     run.add_argument("--tensorboard", action="store_true")
+    watch = parser.add_argument_group("what watches over it")
+    watch.add_argument("--hang_timeout_seconds", type=float, default=900.0, help="no progress for so long: exit code 6")
+    watch.add_argument("--silent_seconds", type=float, default=60.0, help="a rank silent for so long is lost: code 5")
+    watch.add_argument(
+        "--check_replicas_every_steps", type=int, default=0, metavar="N", help="exit code 7 on a difference"
+    )
+    watch.add_argument("--prometheus", action="store_true", help="keep the run's metrics.prom for a monitor")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     return parser.parse_args()
 
@@ -99,13 +108,32 @@ def main() -> None:
             f"{groups.device_name(device)} started by {process.launcher}; waiting for {world_size} ranks",
             flush=True,
         )
+    settings = SupervisionSettings(
+        args.hang_timeout_seconds, args.silent_seconds, args.check_replicas_every_steps, args.prometheus
+    )
     with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
+        store = groups.meeting_store(process, "supervision")
+        check_ranks(run, store, device)
         with contextlib.ExitStack() as held:
-            execute(run, process, device, args, held)
+            watch = held.enter_context(Supervisor(settings, store, run.output, process))
+            execute(run, process, device, args, watch, held)
+
+
+def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device) -> None:
+    """Refuse ranks that differ, before anything is built; rank 0 says what is merely worth knowing."""
+    needs = 12.0 * run.recipe.model.num_parameters()  # fp32 weights and two moments
+    for remark in preflight(store, run.identity(), run.output, device, needs_bytes=needs):
+        if torch.distributed.get_rank() == 0:
+            print(f"note: {remark}", flush=True)
 
 
 def execute(
-    run: Run, process: groups.Process, device: torch.device, args: argparse.Namespace, held: contextlib.ExitStack
+    run: Run,
+    process: groups.Process,
+    device: torch.device,
+    args: argparse.Namespace,
+    watch: Supervisor,
+    held: contextlib.ExitStack,
 ) -> None:
     """Build the engine, give it its weights and train: what every rank does once all are there."""
     from xlmega.models.specs import extras_in_words
@@ -166,7 +194,7 @@ def execute(
         else None
     )
     with metrics or contextlib.nullcontext():
-        train(run, engine, metrics, first_step)
+        train(run, engine, metrics, first_step, watch)
     say(f"done: step {run.stop_at} of {recipe.training.total_steps}; metrics and checkpoints are in '{run.output}'")
 
 

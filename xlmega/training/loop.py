@@ -22,11 +22,15 @@ from xlmega.training.metrics import Metrics
 from xlmega.training.optimizer import learning_rate
 from xlmega.training.run import Run
 from xlmega.training.saving import Outcome, Retention, Saver
+from xlmega.training.supervision import Supervisor
 from xlmega.training.validation import ValidationSet, total
 
 
-def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0) -> None:
-    """Train from `first_step` updates done to `run.stop_at`; `metrics` is rank 0's."""
+def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, watch: Supervisor) -> None:
+    """Train from `first_step` updates done to `run.stop_at`; `metrics` is rank 0's.
+
+    Asked to stop before, it saves at the next step and raises the StoppedError that says so.
+    """
     plan = run.recipe.training
     rate = learning_rate(run.recipe.optimizer, plan.total_steps)
     _, dp_rank, _ = run.layout.coordinates(dist.get_rank())
@@ -35,35 +39,44 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int = 0
     retention = Retention(plan.keep_checkpoints, plan.keep_every_steps, plan.keep_best)
     saver = Saver(engine, run.output, retention, asynchronous=run.save_asynchronously)
     if first_step == 0:
-        _validate(sets, engine, metrics, 0)
+        _validate(sets, engine, metrics, 0, watch)
     for step in range(first_step, run.stop_at):
         started = time.monotonic()
+        watch.begins(step, "data")
         try:
             batch = batches.at(step)
         except DataError as error:
             error.of_one_rank = True  # of this rank's windows
             raise
+        watch.step(step)
         try:
-            report = engine.forward_backward(batch, step=step)
+            report = engine.forward_backward(batch, step=step, wish=watch.stop.pending())
             norm, skipped = engine.apply(rate.at(step), step=step, batch=batch)
         except NumericsError:  # on every rank: a save under way is still good
             _tell(saver.finish(), metrics)
             raise
         done = step + 1
-        if metrics:
-            metrics.step(done, _record(run, engine, batch, report, norm, skipped, rate.at(step), started, done))
-        last = done == run.stop_at
+        record = _record(run, engine, batch, report, norm, skipped, rate.at(step), started, done) if metrics else None
+        if metrics and record:
+            metrics.step(done, record)
+        watch.done(done, engine, record)
+        last, stopping = done == run.stop_at, report.wishes > 0
         figures = {}
         if last or (plan.validate_every_steps and done % plan.validate_every_steps == 0):
-            figures = _validate(sets, engine, metrics, done)
+            figures = _validate(sets, engine, metrics, done, watch)
         _tell(saver.poll(), metrics)
-        if last or (plan.save_every_steps and done % plan.save_every_steps == 0):
-            outcomes = _tell(saver.save(done, _facts(run, done, figures), wait=last), metrics)
-            if last and outcomes[-1].problem:
+        if last or stopping or (plan.save_every_steps and done % plan.save_every_steps == 0):
+            watch.begins(done, "save")
+            outcomes = _tell(saver.save(done, _facts(run, done, figures), wait=last or stopping), metrics)
+            if (last or stopping) and outcomes[-1].problem:
                 raise CheckpointError(
                     f"the last checkpoint, of step {done}, could not be saved: {outcomes[-1].problem}. "
                     "Make room and go on with --resume: what was saved before is untouched."
                 )
+        if stopping and not last:
+            batches.close()
+            watch.stop.saved = True
+            raise watch.stop.error(done)
     batches.close()
 
 
@@ -76,12 +89,12 @@ def _validation_sets(run: Run, dp_rank: int) -> list[ValidationSet]:
 
 
 def _validate(
-    sets: list[ValidationSet], engine: Engine, metrics: Metrics | None, step: int
+    sets: list[ValidationSet], engine: Engine, metrics: Metrics | None, step: int, watch: Supervisor
 ) -> dict[str, dict[str, float]]:
     figures = {}
     for one in sets:
         started = time.monotonic()
-        scores = one.score(engine)
+        scores = one.score(engine, lambda: watch.begins(step, "validation"))
         figures[one.name] = total(scores).table()
         if metrics:
             metrics.validation(step, one.name, scores, time.monotonic() - started)

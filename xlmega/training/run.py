@@ -7,6 +7,7 @@ error. `--dry_run` prints `summary(run)` and stops here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -30,6 +31,7 @@ from xlmega.errors import CheckpointError, ConfigError, DataError, nearest
 from xlmega.models.config import check_layout
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
+from xlmega.parallel.preflight import code_hash
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.training.checkpoint import list_checkpoints, open_source
 from xlmega.training.locking import LOCK_NAME, held
@@ -66,6 +68,12 @@ class Run:
     def languages(self) -> tuple[str, ...]:
         """Names of the languages, in the order of a batch's indices."""
         return self.batches(0).languages
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same on every rank of the run, in short."""
+        told = {"recipe": config.to_table(self.recipe), "ds_config": dict(self.runtime.settings), "data": _hashes(self)}
+        hashes = {key: hashlib.sha256(json.dumps(told[key], sort_keys=True).encode()).hexdigest()[:16] for key in told}
+        return {"xlmega's code": code_hash(), **hashes, **versions()}
 
     def batches(self, dp_rank: int) -> Batches:
         """The training stream of one data-parallel rank."""
@@ -268,9 +276,13 @@ def facts(run: Run) -> dict[str, Any]:
         "layout": run.layout.describe(),
         "recompute": run.recompute,
         "vocabulary": run.vocabulary.hash,
-        "data": {name: tokens.manifest.bin_sha256 for name, tokens in run.corpus.items()},
+        "data": _hashes(run),
         "versions": {"python": platform.python_version(), **versions()},
     }
+
+
+def _hashes(run: Run) -> dict[str, str]:
+    return {name: tokens.manifest.bin_sha256 for name, tokens in run.corpus.items()}
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ stop, comparisons of replicas, and two small files that a monitor outside can re
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlmega.errors import ConfigError
+from xlmega.parallel.groups import Process
 from xlmega.training.stopping import StopRequest
 from xlmega.training.watchdog import STEP, Store, Watchdog
 
@@ -36,6 +39,17 @@ class SupervisionSettings:
     """Compare the parameters that ranks hold in common; 0: never."""
     prometheus: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.hang_timeout_seconds < 1e8 or not 1.0 <= self.silent_seconds < 1e8:
+            raise ConfigError(
+                f"--hang_timeout_seconds {self.hang_timeout_seconds} and --silent_seconds {self.silent_seconds} are "
+                "seconds to wait: the first 0 (no watch) or more, the second at least 1."
+            )
+        if self.check_replicas_every_steps < 0:
+            raise ConfigError(
+                f"--check_replicas_every_steps {self.check_replicas_every_steps} is negative; 0 never compares."
+            )
+
 
 class Supervisor:
     """Use as a context manager around the training of a run, in the main thread of every rank."""
@@ -45,21 +59,18 @@ class Supervisor:
         settings: SupervisionSettings,
         store: Store,
         run: Path,
-        *,
-        rank: int,
-        world_size: int,
-        host: str,
+        process: Process,
     ) -> None:
         self.settings = settings
-        self._run, self._speaker = run, rank == 0
-        self.stop = StopRequest(run / "stop" if rank == 0 else None)
+        self._run, self._speaker = run, process.rank == 0
+        self.stop = StopRequest(run / "stop" if process.rank == 0 else None)
         self._dog = (
             Watchdog(
                 store,
-                rank,
-                world_size,
+                process.rank,
+                process.world_size,
                 folder=run / "hang",
-                host=host,
+                host=socket.gethostname(),
                 timeout_seconds=settings.hang_timeout_seconds,
                 silent_seconds=settings.silent_seconds,
             )

@@ -82,6 +82,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="xlmega-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._publish()  # at once: a rank that never beat could not be missed
         self._thread.start()
         return self
 
