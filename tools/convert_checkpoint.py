@@ -47,7 +47,7 @@ def main() -> None:
         files = write_logical(source, args.output, **settings)
     if args.verify:
         found = verify_huggingface(source, args.output)
-        print(f"verified: {found.num_tensors} tensors equal, {found.num_samples} texts tokenized alike, loss is finite")
+        print(f"verified: {found.describe()}")
     if vocabulary is None:
         print("no vocabulary was found with the source, so none was written; --vocabulary FOLDER adds one")
     size = sum(path.stat().st_size for path in files)

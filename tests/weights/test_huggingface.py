@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import theirs
 import torch
 import transformers
 from reference import reference_logits
@@ -56,7 +57,12 @@ MINI = model_config(
 )
 # As openai's GPT-2: tied, nothing scaled.
 GPT2 = model_config(**{**MINI.__dict__, "preset": "", "num_heads": 4, "tied": True, "embedding_scale": 1.0})
-CONFIGS = {"xglm": XGLM, "small": SMALL, "mini": MINI, "gpt2": GPT2}
+NEOX = model_config(preset="neox_tiny", hidden_size=64, num_heads=3, head_dim=16, ffn_hidden_size=80, **SIZES)
+BLOOM = model_config(preset="bloom_tiny", hidden_size=48, num_heads=6, head_dim=8, ffn_hidden_size=192, **SIZES)
+LLAMA = model_config(
+    preset="llama_tiny", hidden_size=64, num_heads=8, head_dim=16, num_kv_heads=2, ffn_hidden_size=80, **SIZES
+)
+CONFIGS = {"xglm": XGLM, "small": SMALL, "mini": MINI, "gpt2": GPT2, "neox": NEOX, "bloom": BLOOM, "llama": LLAMA}
 
 
 class Drawn:
@@ -92,13 +98,6 @@ def some_ids(config: ModelConfig) -> torch.Tensor:
     return torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
-def their_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids).logits
-    return logits
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_transformers_computes_the_logical_model(kind: str, tmp_path: Path) -> None:
     source = Drawn(CONFIGS[kind])
@@ -107,7 +106,7 @@ def test_transformers_computes_the_logical_model(kind: str, tmp_path: Path) -> N
     ids = some_ids(source.config)
     ours = reference_logits(source.config, source.tensors, ids)
     assert ours.std() > 0.5  # the comparison below means something
-    torch.testing.assert_close(their_logits(tmp_path / "out", ids), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.logits(tmp_path / "out", ids), ours, rtol=1e-5, atol=1e-5)
     verified = verify_huggingface(source, tmp_path / "out")
     assert verified.num_samples == 0 and verified.num_tensors == len(load_file(tmp_path / "out" / "model.safetensors"))
 
@@ -126,39 +125,32 @@ def test_import_returns_config_and_tensors(kind: str, tmp_path: Path) -> None:
         assert back.shape(name) == tuple(tensor.shape)
 
 
-def saved_by_transformers(kind: str, path: Path) -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    model: Any
-    if kind == "xglm":
-        theirs = transformers.XGLMConfig(
-            vocab_size=97, d_model=64, ffn_dim=112, num_layers=2, attention_heads=4, max_position_embeddings=32
-        )
-        model = transformers.XGLMForCausalLM(theirs)
-    else:
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=32)
-        )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(path)
-    return load_file(path / "model.safetensors")
-
-
-@pytest.mark.parametrize("kind", ["xglm", "gpt2"])
+@pytest.mark.parametrize("kind", [*theirs.SIX, *theirs.MORE])
 def test_what_transformers_saved_survives_the_round_trip_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    stored = saved_by_transformers(kind, tmp_path / "theirs")
+    stored = theirs.saved(kind, tmp_path / "theirs")
     source = open_huggingface(tmp_path / "theirs")
-    assert source.config.tied and source.config.num_heads == 4
     ids = some_ids(source.config)
     ours = reference_logits(source.config, tensors_of(source), ids)
-    torch.testing.assert_close(their_logits(tmp_path / "theirs", ids), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.logits(tmp_path / "theirs", ids), ours, rtol=1e-5, atol=1e-5)
     write_logical(source, tmp_path / "logical")
     export_huggingface(open_logical_directory(tmp_path / "logical"), tmp_path / "back", vocabulary_folder=None)
     assert all_equal(load_file(tmp_path / "back" / "model.safetensors"), stored)
+    assert open_huggingface(tmp_path / "back").config == source.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["gpt_neox in turn, tied", "llama wide, tied, with biases"])
+def test_verified_within_the_tolerance_of_the_dtype(kind: str, dtype: str, tmp_path: Path) -> None:
+    theirs.saved(kind, tmp_path / "theirs")
+    source = open_huggingface(tmp_path / "theirs")
+    export_huggingface(source, tmp_path / "out", vocabulary_folder=None, dtype=dtype)
+    found = verify_huggingface(source, tmp_path / "out")
+    assert found.largest_logit > 0.5
+    assert (found.logit_difference < 1e-5) == (dtype == "float32") and found.loss_difference < 0.05
 
 
 def test_the_bare_gpt2_of_the_hub_is_read_and_its_buffers_ignored(tmp_path: Path) -> None:
-    stored = saved_by_transformers("gpt2", tmp_path)
+    stored = theirs.saved("gpt2", tmp_path)
     whole = tensors_of(open_huggingface(tmp_path))
     bare = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     save_file({**bare, "h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
@@ -217,7 +209,7 @@ def test_zero_heads_that_were_trained_are_not_dropped(tmp_path: Path) -> None:
     assert (wide.config.num_heads, wide.config.embedding_scale) == (4, 1.0)
     ids = some_ids(wide.config)
     torch.testing.assert_close(
-        reference_logits(wide.config, tensors_of(wide), ids), their_logits(tmp_path, ids), rtol=1e-5, atol=1e-5
+        reference_logits(wide.config, tensors_of(wide), ids), theirs.logits(tmp_path, ids), rtol=1e-5, atol=1e-5
     )
 
 
@@ -236,10 +228,15 @@ def test_what_our_decoders_do_not_compute_is_refused(edited_config: Callable[...
     for config, changes, message in (
         (XGLM, {"activation_function": "relu"}, "activation_function is 'relu'"),
         (XGLM, {"pad_token_id": 3}, "blanks position 1"),
-        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx false"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is false"),
         (GPT2, {"n_inner": 96}, r"mlp.c_fc.weight as \(64, 80\), but the config says \(64, 96\)"),
-        (GPT2, {"model_type": "llama"}, "is a 'llama'"),
+        (GPT2, {"model_type": "mistral"}, "is a 'mistral'. Models of these kinds can be read: xglm, gpt2, gpt_neox"),
         (MINI, {"xlmega": {"format_version": 1}}, "damaged 'xlmega' note"),
+        (NEOX, {"attention_bias": False}, "attention_bias is false while the MLP has biases"),
+        (BLOOM, {"apply_residual_connection_post_layernorm": True}, "residuals are always those before the norm"),
+        (LLAMA, {"mlp_bias": True}, "attention_bias is False and mlp_bias True"),
+        (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is 'linear'"),
+        (LLAMA, {"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=8"),
     ):
         with pytest.raises(CheckpointError, match=message):
             open_huggingface(edited_config(config, **changes))
@@ -375,7 +372,7 @@ def test_scales_and_small_vocabularies(tmp_path: Path, made_vocabulary: Path) ->
     assert open_huggingface(tmp_path / "odd").config == odd
     ids = some_ids(odd)
     ours = reference_logits(odd, source.tensors, ids)
-    torch.testing.assert_close(their_logits(tmp_path / "odd", ids), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.logits(tmp_path / "odd", ids), ours, rtol=1e-5, atol=1e-5)
     with pytest.raises(DataError, match="has 800 pieces, but the model knows 97 ids"):
         export_huggingface(source, tmp_path / "out", vocabulary_folder=made_vocabulary)
 

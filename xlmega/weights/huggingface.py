@@ -2,9 +2,9 @@
 
 In: any LogicalTensors and, if there is one, a vocabulary folder. Out: a directory that AutoModelForCausalLM and
 AutoTokenizer load by themselves: safetensors, config.json, generation_config.json, tokenizer.json, a model card, and a
-copy of the vocabulary. The other way, such a directory (or one of facebook/xglm-* or gpt2 in safetensors) read lazily
-as LogicalTensors. What a family lacks and how its weights make up for it stands in `xlmega.weights.names`; the note
-under "xlmega" in config.json lets an import undo it.
+copy of the vocabulary. The other way, such a directory (or one that transformers saved: XGLM, GPT-2, GPT-NeoX, BLOOM,
+Llama) read lazily as LogicalTensors. What a family lacks and how its weights make up for it stands in
+`weights.families`; the note under "xlmega" in config.json lets an import undo it.
 
 Guaranteed: every tensor but a folded word embedding goes there and back bit for bit; the exported model computes the
 logical model's logits; memory holds one tensor at a time; a directory appears whole or not at all.
@@ -12,9 +12,6 @@ logical model's logits; memory holds one tensor at a time; a directory appears w
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
+from xlmega.weights.card import model_card
 from xlmega.weights.directory import (
     SHARD_BYTES,
     TensorFolder,
@@ -40,24 +39,14 @@ from xlmega.weights.directory import (
     write_tensors,
     write_text,
 )
-from xlmega.weights.names import (
-    FAMILIES,
-    XGLM_LAYERNORM_EPSILON,
-    LogicalTensors,
-    Row,
-    family_table,
-    folded_scale,
-    logical_shapes,
-    xglm_scale,
-    zero_heads,
-)
+from xlmega.weights.families import family_of, family_table
+from xlmega.weights.family_configs import from_theirs, to_table
+from xlmega.weights.forward import plain_model
+from xlmega.weights.names import OUTPUT_LAYER, LogicalTensors, Row, logical_shapes
 from xlmega.weights.tokenizer_json import tokenizer_files
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
-_THEIR_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-
 # What older releases of these families stored beside the parameters: masks and computed position tables.
-_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.embed_positions\.weights$")
+_BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|\.embed_positions\.weights$|\.rotary_emb\.inv_freq$")
 
 # Text on which --verify compares the two tokenizers.
 SAMPLES = (
@@ -91,9 +80,11 @@ def export_huggingface(
     vocabulary = None if vocabulary_folder is None else _fitting_vocabulary(vocabulary_folder, config)
     with published(output, overwrite=overwrite) as part:
         files = write_tensors(part, their_shapes(config, table), _their_tensors(source, table), stored, shard_bytes)
-        files.append(write_json(part / "config.json", huggingface_config(config, vocabulary, dtype)))
-        files.append(write_json(part / "generation_config.json", {"_from_model_config": True, **_markers(vocabulary)}))
-        files.append(write_text(part / "README.md", model_card(config, dtype, card or {})))
+        markers = _markers(vocabulary, config)
+        files.append(write_json(part / "config.json", to_table(config, dtype, markers)))
+        files.append(write_json(part / "generation_config.json", {"_from_model_config": True, **markers}))
+        known = None if vocabulary is None else vocabulary.size
+        files.append(write_text(part / "README.md", model_card(config, dtype, card or {}, known)))
         if vocabulary_folder is not None and vocabulary is not None:
             for name, value in tokenizer_files(vocabulary, config.max_positions).items():
                 files.append(write_json(part / name, value))
@@ -114,14 +105,15 @@ class HuggingFaceDirectory:
         self._shapes = logical_shapes(self.config)
         table = family_table(self.config)
         self._rows = {row.logical: row for row in table}
-        prefix = FAMILIES[self.config.family].prefix
+        family = family_of(self.config)
+        prefix = family.prefix
         # The bare base model (openai's gpt2 is one) has the same tensors without the prefix.
         bare = not any(name.startswith(prefix) for name in self._tensors.shapes)
         self._stored = {
             theirs: theirs.removeprefix(prefix) if bare else theirs for row in table for theirs in row.theirs
         }
         wanted = {self._stored[name]: shape for name, shape in their_shapes(self.config, table).items()}
-        ignored = {"lm_head.weight"} - wanted.keys()  # a tied head, stored once more
+        ignored = {family.head} - wanted.keys()  # a tied head, stored once more
         found = {
             name: shape
             for name, shape in self._tensors.shapes.items()
@@ -162,22 +154,39 @@ def open_huggingface(path: Path) -> HuggingFaceDirectory:
     return HuggingFaceDirectory(path)
 
 
+# How far the logits of a reloaded export may lie from the source's, in units of the largest logit (at least 1), by the
+# stored dtype; its token losses may lie twice as far, in nats. Both are computed in fp32: where float32 is stored only
+# the order of sums differs, else the rounding of the stored weights is what is seen.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
 @dataclass(frozen=True)
 class Verified:
     """What `verify_huggingface` found to be true."""
 
     num_tensors: int
     """Tensors that transformers loaded with exactly the source's values."""
-    mean_loss: float
-    """Of the reloaded model on arbitrary ids: finite; near log(vocab_size) or above, for the ids mean nothing."""
+    logit_difference: float
+    """Largest absolute difference between transformers' logits and those of the source, on arbitrary ids."""
+    largest_logit: float
+    loss_difference: float
+    """Largest absolute difference between the two losses of a token, in nats."""
     num_samples: int
     """Texts that both tokenizers gave the same ids; 0 without a vocabulary."""
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.num_tensors} tensors equal, {self.num_samples} texts tokenized alike, largest difference of a "
+            f"logit {self.logit_difference:.2e} (logits reach {self.largest_logit:.3g}) and of a token's loss "
+            f"{self.loss_difference:.2e} nats"
+        )
 
 
 def verify_huggingface(source: LogicalTensors, output: Path) -> Verified:
     """Load `output` with transformers, as a user would, and compare it with `source`; CheckpointError if they differ.
 
-    Holds the whole model in memory.
+    Tensors and token ids must be equal, logits and losses within TOLERANCES. Holds the whole model in memory, in fp32.
     """
     import transformers
 
@@ -189,16 +198,36 @@ def verify_huggingface(source: LogicalTensors, output: Path) -> Verified:
     if loose:
         raise CheckpointError(f"transformers does not load all of '{output}': {'; '.join(loose)}.")
     loaded, num_tensors = model.state_dict(), 0
-    for name, tensor in _their_tensors(source, family_table(source.config)):
+    for row in (table := family_table(source.config)):
+        if row.logical == OUTPUT_LAYER:  # GPT-NeoX's has another name in its files than in its code
+            loaded[row.theirs[0]] = model.get_output_embeddings().weight.detach()
+    for name, tensor in _their_tensors(source, table):
         if not torch.equal(loaded[name], cast(tensor, loaded[name].dtype, name)):
             raise CheckpointError(f"'{output}' has other values in '{name}' than its source: export it again.")
         num_tensors += 1
-    ids = torch.arange(min(64, source.config.max_positions)).mul(7919).remainder(source.config.vocab_size)[None]
+    tolerance = TOLERANCES[model.dtype]
+    length = min(64, source.config.max_positions)
+    ids_BL = torch.arange(2 * length).mul(7919).remainder(source.config.vocab_size).view(2, length)
     with torch.no_grad():
-        loss = model.eval().float()(input_ids=ids, labels=ids).loss.item()
-    if not math.isfinite(loss):
-        raise CheckpointError(f"'{output}' loads, but its loss is {loss}.")
-    return Verified(num_tensors, loss, _verify_tokenizer(output))
+        theirs_BLV = model.eval().float()(input_ids=ids_BL).logits
+    del model, loaded
+    ours = plain_model(source, resident=False)
+    ours_BLV = F.linear(ours.hidden(ids_BL), ours.head())
+    largest = ours_BLV.abs().max().item()
+    difference = (theirs_BLV - ours_BLV).abs().max().item()
+    losses = (_token_losses(theirs_BLV, ids_BL) - _token_losses(ours_BLV, ids_BL)).abs().max().item()
+    unit = max(1.0, largest)
+    if not (difference <= tolerance * unit and losses <= 2 * tolerance * unit):
+        raise CheckpointError(
+            f"'{output}' computes other logits than its source: they differ by {difference:.3g} and losses by "
+            f"{losses:.3g} nats, where {tolerance:g} times the largest logit, {largest:.3g}, would be rounding."
+        )
+    return Verified(num_tensors, difference, largest, losses, _verify_tokenizer(output))
+
+
+def _token_losses(logits_BLV: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+    """[B, L - 1]: nats of each token but the first, given those before it."""
+    return F.cross_entropy(logits_BLV[:, :-1].transpose(1, 2), ids_BL[:, 1:], reduction="none")
 
 
 def _verify_tokenizer(output: Path) -> int:
@@ -230,64 +259,6 @@ def _their_tensors(source: LogicalTensors, table: Iterable[Row]) -> Iterator[tup
         yield from zip(row.theirs, row.to_theirs(source.read(row.logical)), strict=True)
 
 
-def huggingface_config(config: ModelConfig, vocabulary: Vocabulary | None, dtype: str) -> dict[str, Any]:
-    """config.json as the family wants it, with what an import needs to undo under 'xlmega'."""
-    heads = config.num_heads + zero_heads(config)
-    shared = {
-        "model_type": FAMILIES[config.family].model_type,
-        "activation_function": ACTIVATIONS[config.activation],
-        "tie_word_embeddings": config.tied,
-        "vocab_size": config.vocab_size,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        **_markers(vocabulary),
-    }
-    note = {
-        "format_version": 1,
-        "preset": config.preset,
-        "residual_init": config.residual_init,
-        "embedding_scale": config.embedding_scale,
-        "folded_embedding_scale": folded_scale(config),
-        "num_heads": config.num_heads,
-        "num_zero_heads": zero_heads(config),
-    }
-    if config.family == "xglm":
-        family = {
-            "architectures": ["XGLMForCausalLM"],
-            "d_model": config.hidden_size,
-            "ffn_dim": config.ffn_hidden_size,
-            "num_layers": config.num_layers,
-            "attention_heads": heads,
-            "max_position_embeddings": config.max_positions,
-            "scale_embedding": bool(xglm_scale(config)),
-            "dropout": config.dropout,
-            "attention_dropout": config.attention_dropout,
-            "activation_dropout": 0.0,
-            "layerdrop": 0.0,
-            "init_std": config.init_std,
-        }
-        if vocabulary is not None:
-            family["decoder_start_token_id"] = vocabulary.eod_id
-    else:
-        family = {
-            "architectures": ["GPT2LMHeadModel"],
-            "n_embd": config.hidden_size,
-            "n_inner": config.ffn_hidden_size,
-            "n_layer": config.num_layers,
-            "n_head": heads,
-            "n_positions": config.max_positions,
-            "embd_pdrop": config.dropout,
-            "resid_pdrop": config.dropout,
-            "attn_pdrop": config.attention_dropout,
-            "layer_norm_epsilon": config.layernorm_epsilon,
-            "initializer_range": config.init_std,
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "reorder_and_upcast_attn": False,
-        }
-    return {**family, **shared, "xlmega": note}
-
-
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory; refuses what our decoders do not compute."""
     import transformers
@@ -298,95 +269,7 @@ def read_config(folder: Path) -> ModelConfig:
         theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged or newer config makes transformers raise is the file's fault
         raise CheckpointError(f"transformers cannot read '{folder / 'config.json'}': {error}") from error
-    readers = {"xglm": _from_xglm, "gpt2": _from_gpt2}
-    if theirs.model_type not in readers:
-        raise CheckpointError(f"'{folder}' is a '{theirs.model_type}'. Models of these kinds can be read: xglm, gpt2.")
-    _refuse(folder, _common_obstacles(theirs))
-    config = readers[theirs.model_type](folder, theirs)
-    note = getattr(theirs, "xlmega", None)
-    return config if note is None else _with_note(folder, config, note)
-
-
-def _common_obstacles(theirs: Any) -> Iterator[str]:
-    if theirs.activation_function not in _THEIR_ACTIVATIONS:
-        yield f"activation_function is '{theirs.activation_function}'; known: {', '.join(_THEIR_ACTIVATIONS)}."
-    if theirs.add_cross_attention:
-        yield "add_cross_attention is true; only decoders without an encoder can be read."
-    if theirs.hidden_size % theirs.num_attention_heads:
-        yield f"hidden size {theirs.hidden_size} is not a multiple of the {theirs.num_attention_heads} heads."
-
-
-def _from_xglm(folder: Path, theirs: Any) -> ModelConfig:
-    if theirs.pad_token_id is not None and theirs.pad_token_id >= XGLM_POSITION_OFFSET:
-        # transformers zeroes this row of the position table, and from 2 on a token stands there.
-        position = theirs.pad_token_id - XGLM_POSITION_OFFSET
-        _refuse(
-            folder, [f"pad_token_id is {theirs.pad_token_id}, which blanks position {position}; it must be 0 or 1."]
-        )
-    return ModelConfig(
-        family="xglm",
-        num_layers=theirs.num_layers,
-        hidden_size=theirs.d_model,
-        ffn_hidden_size=theirs.ffn_dim,
-        num_heads=theirs.attention_heads,
-        head_dim=theirs.d_model // theirs.attention_heads,
-        max_positions=theirs.max_position_embeddings,
-        positions="sinusoidal",
-        tied=theirs.tie_word_embeddings,
-        embedding_scale=math.sqrt(theirs.d_model) if theirs.scale_embedding else 1.0,
-        activation=_THEIR_ACTIVATIONS[theirs.activation_function],  # type: ignore[arg-type]
-        vocab_size=theirs.vocab_size,
-        layernorm_epsilon=XGLM_LAYERNORM_EPSILON,
-        dropout=float(theirs.dropout),
-        attention_dropout=float(theirs.attention_dropout),
-        init_std=theirs.init_std,
-    )
-
-
-def _from_gpt2(folder: Path, theirs: Any) -> ModelConfig:
-    if not theirs.scale_attn_weights or theirs.scale_attn_by_inverse_layer_idx:
-        _refuse(folder, ["scale_attn_weights must be true and scale_attn_by_inverse_layer_idx false."])
-    return ModelConfig(
-        family="gpt",
-        num_layers=theirs.n_layer,
-        hidden_size=theirs.n_embd,
-        ffn_hidden_size=4 * theirs.n_embd if theirs.n_inner is None else theirs.n_inner,
-        num_heads=theirs.n_head,
-        head_dim=theirs.n_embd // theirs.n_head,
-        max_positions=theirs.n_positions,
-        positions="learned",
-        tied=theirs.tie_word_embeddings,
-        embedding_scale=1.0,
-        activation=_THEIR_ACTIVATIONS[theirs.activation_function],  # type: ignore[arg-type]
-        vocab_size=theirs.vocab_size,
-        layernorm_epsilon=theirs.layer_norm_epsilon,
-        dropout=float(theirs.resid_pdrop),
-        attention_dropout=float(theirs.attn_pdrop),
-        init_std=theirs.initializer_range,
-    )
-
-
-def _with_note(folder: Path, config: ModelConfig, note: Mapping[str, Any]) -> ModelConfig:
-    # The note only adds what config.json cannot say; sizes stay the family's own, which the user may have changed.
-    try:
-        scale = note["embedding_scale"] if note["folded_embedding_scale"] != 1.0 else config.embedding_scale
-        if note["num_heads"] + note["num_zero_heads"] != config.num_heads:
-            raise ValueError(f"its heads do not add up to {config.num_heads}")
-        return dataclasses.replace(
-            config,
-            preset=note["preset"],
-            residual_init=note["residual_init"],
-            embedding_scale=scale,
-            num_heads=note["num_heads"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"'{folder / 'config.json'}' has a damaged 'xlmega' note: {error!r}.") from None
-
-
-def _refuse(folder: Path, problems: Iterable[str]) -> None:
-    found = list(problems)
-    if found:
-        raise CheckpointError("\n  ".join([f"'{folder}' cannot be read as a model of ours:", *found]))
+    return from_theirs(folder, theirs)
 
 
 def _fitting_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
@@ -398,60 +281,17 @@ def _fitting_vocabulary(folder: Path, config: ModelConfig) -> Vocabulary:
     return vocabulary
 
 
-def _markers(vocabulary: Vocabulary | None) -> dict[str, int | None]:
+def _markers(vocabulary: Vocabulary | None, config: ModelConfig) -> dict[str, int | None]:
     # A document follows the end of the one before it, so the same id also begins a text made from nothing.
     if vocabulary is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    start = {"decoder_start_token_id": vocabulary.eod_id} if config.family == "xglm" else {}
     return {
+        **start,
         "bos_token_id": vocabulary.eod_id,
         "eos_token_id": vocabulary.eod_id,
         "pad_token_id": vocabulary.pad_id,
     }
-
-
-def model_card(config: ModelConfig, dtype: str, card: Mapping[str, Any]) -> str:
-    """README.md: what the model is, what it was trained on, and what the export had to write into the weights."""
-    languages = card.get("languages", ())
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if languages:
-        head += ["language:", *(f"- {json.dumps(code)}" for code in sorted(languages))]
-    head += ["tags:", "- xlmega", "---", ""]
-    shape = (
-        f"{config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} heads of {config.head_dim}, "
-        f"feed-forward {config.ffn_hidden_size}, {config.max_positions} positions, {config.vocab_size:,} ids"
-    )
-    lines = [
-        f"# {card.get('name') or config.preset or config.family}",
-        "",
-        "A causal language model trained with xlmega.",
-        "",
-        f"- Parameters: {config.num_parameters():,} ({dtype})",
-        f"- Shape: {shape}",
-    ]
-    known = ("name", "languages", "recipe")
-    lines += [f"- {key.replace('_', ' ').capitalize()}: {value}" for key, value in card.items() if key not in known]
-    lines += [*_written_into(config)]
-    if isinstance(languages, Mapping):
-        lines += ["", "## Training data", "", "| language | tokens |", "|---|---:|"]
-        lines += [f"| {code} | {count:,} |" for code, count in sorted(languages.items())]
-    if card.get("recipe"):
-        lines += ["", "## Recipe", "", "```toml", str(card["recipe"]).strip(), "```"]
-    return "\n".join(head + lines) + "\n"
-
-
-def _written_into(config: ModelConfig) -> list[str]:
-    found = []
-    if folded_scale(config) != 1.0:
-        found.append(
-            f"The model multiplies word embeddings by {config.embedding_scale:.6g}. This family's code does not, so "
-            "the stored word embedding is already multiplied."
-        )
-    if zero_heads(config):
-        found.append(
-            f"The model's attention is narrower than its hidden size. {zero_heads(config)} of its "
-            f"{config.num_heads + zero_heads(config)} heads are all-zero: they add nothing, and gradients keep them so."
-        )
-    return ["", "## Differences from the trained weights", "", *(f"- {line}" for line in found)] if found else []
 
 
 def sample_text(
