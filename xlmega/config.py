@@ -112,6 +112,10 @@ def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) ->
 def _value(hint: Any, value: Any, path: str, found: list[str], what: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass(typing.cast(type, hint), value, f"{path}.", found, what)
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, (list, tuple)):
+        items = [_dataclass(typing.cast(type, inner[0]), v, f"{path}[{k}].", found, what) for k, v in enumerate(value)]
+        return _BAD if any(item is _BAD for item in items) else tuple(items)
     try:
         return _convert(hint, value)
     except (TypeError, ValueError, OverflowError):
@@ -166,6 +170,8 @@ def _spell(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in inner)
     if origin is tuple:
         return f"a list, each {_spell(inner[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a table"
     if origin is dict:
         return f"a table, each value {_spell(inner[1])}"
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))

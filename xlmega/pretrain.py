@@ -17,7 +17,8 @@ from xlmega.errors import ConfigError, DataError, XlmegaError, run_main
 from xlmega.parallel import groups
 from xlmega.parallel.layout import choose
 from xlmega.parallel.preflight import preflight
-from xlmega.training.checkpoint import newest, restore
+from xlmega.training.checkpoint import list_checkpoints, newest, restore
+from xlmega.training.history import Recorded, continued
 from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
@@ -30,6 +31,7 @@ from xlmega.training.run import (
     occupy,
     resolve,
     summary,
+    warnings,
 )
 from xlmega.training.runtime import read_runtime
 from xlmega.training.supervision import SupervisionSettings, Supervisor
@@ -96,11 +98,11 @@ def main() -> None:
         stop_at=args.stop_at,
         save_asynchronously=args.save_asynchronously,
     )
+    recorded = check_output(run, resume=args.resume) if args.resume or not args.dry_run else None
     if args.dry_run:
         first_weights(run.recipe)
-        print(summary(run))
+        print(summary(continued(run, recorded, max(list_checkpoints(run.output), default=0)) if recorded else run))
         return
-    check_output(run, resume=args.resume)
     device = groups.device_of(process)
     if process.rank == 0:  # said before the imports that take seconds, so that something is seen at once
         print(
@@ -116,7 +118,7 @@ def main() -> None:
         check_ranks(run, store, device)
         with contextlib.ExitStack() as held:
             watch = held.enter_context(Supervisor(settings, store, run.output, process))
-            execute(run, process, device, args, watch, held)
+            execute(run, recorded, process, device, args, watch, held)
 
 
 def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device) -> None:
@@ -129,6 +131,7 @@ def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device) 
 
 def execute(
     run: Run,
+    recorded: Recorded | None,
     process: groups.Process,
     device: torch.device,
     args: argparse.Namespace,
@@ -151,7 +154,12 @@ def execute(
         occupy(run, held, resume=True)
     found = newest(run.output, say) if args.resume else None
     weights = None if found else first_weights(run.recipe)
+    first_step = found.step if found else 0
+    if recorded:
+        run = continued(run, recorded, first_step)
     recipe = run.recipe
+    for words in warnings(run):
+        say(f"note: {words}")
     say(f"{recipe.model.num_parameters():,} parameters, {len(run.languages)} languages; {extras_in_words()}")
     engine = engines.Engine(
         recipe.model,
@@ -170,7 +178,6 @@ def execute(
     elif weights:
         engine.write_state(weights)
         say(f"starting from {recipe.init.weights or f'seed {recipe.training.seed}'}")
-    first_step = found.step if found else 0
     if first_step >= run.stop_at:
         say(f"nothing to do: step {first_step} is reached, and the run ends at {run.stop_at}")
         return

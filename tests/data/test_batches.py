@@ -5,53 +5,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import VOCABULARY, batches_of, in_memory, languages_of, plan_for, three_languages
 
-from xlmega.data import batches as module
+from xlmega.data import languages as module
 from xlmega.data.batches import (
-    HELD_OUT,
     Batch,
     Batches,
     Prefetched,
+    Reading,
     ValidationBatches,
     num_micro_batches,
-    training_windows,
     validation_batches,
-    validation_sets,
 )
-from xlmega.data.blend import DataSettings
 from xlmega.data.indexed import IndexedWriter, open_corpus
+from xlmega.data.languages import HELD_OUT, validation_sets
+from xlmega.data.settings import DataSettings
 from xlmega.errors import ConfigError, DataError, LayoutError
+from xlmega.text.remapping import plain
 
-VOCABULARY = 30_000
-
-
-def in_memory(num_tokens: int, first: int = 3, path: str = "tokens/train/xx", vocabulary: str = "v") -> Any:
-    """Ids first, first + 1, ... with what batches ask of an IndexedTokens."""
-    return SimpleNamespace(
-        tokens=(np.arange(num_tokens) + first).astype(np.int32),
-        num_tokens=num_tokens,
-        manifest=SimpleNamespace(vocabulary_size=VOCABULARY, vocabulary_hash=vocabulary),
-        path=Path(path),
-    )
-
-
-def three_languages() -> dict[str, Any]:
-    return {"en": in_memory(4000, 3), "fr": in_memory(1500, 10_003), "sw": in_memory(333, 20_003)}
-
-
-def build(corpus: Mapping[str, Any] | None = None, table: Mapping[str, Any] | None = None, **keys: Any) -> Batches:
-    place = {"batch_windows": 24, "micro_batch_windows": 3, "dp_rank": 0, "dp_size": 1, "seed": 1, **keys}
-    chosen = DataSettings(**{"sequence_length": 8, **(table or {})})
-    return Batches(corpus or three_languages(), chosen, **place)
+READING = Reading(plain(VOCABULARY))
 
 
 def windows_of(batches: list[Batch], names: tuple[str, ...]) -> Counter[tuple[Any, ...]]:
@@ -66,31 +46,31 @@ def windows_of(batches: list[Batch], names: tuple[str, ...]) -> Counter[tuple[An
 
 
 def test_shapes_and_contents() -> None:
-    batches = build()
+    batches = batches_of()
     batch = batches.at(2)
-    assert batches.languages == ("en", "fr", "sw") and batches.micro_batches == 8
+    assert batches.languages == ("en", "fr", "sw") and batches.at(0).tokens.shape[0] == 8
     assert batch.tokens.shape == (8, 3, 9) and batch.tokens.dtype.name == "int64"
     assert batch.weights.shape == (8, 3, 8) and batch.weights.dtype.name == "float32"
     assert (batch.languages.dtype.name, batch.slots.dtype.name) == ("int32", "int64")
     assert batch.slots.ravel().tolist() == list(range(48, 72)) and (batch.weights == 1.0).all()
     for at in np.ndindex(batch.slots.shape):
-        language, window = batches.blend.at(int(batch.slots[at]))
+        language, window = batches.plan.at(int(batch.slots[at]))
         first = [3, 10_003, 20_003][language] + 8 * window
         assert batch.languages[at] == language
         assert batch.tokens[at].tolist() == list(range(first, first + 9))
 
 
 def test_the_slots_of_a_rank_by_eye() -> None:
-    batch = build(batch_windows=8, micro_batch_windows=2, dp_rank=1, dp_size=2).at(1)
+    batch = batches_of(batch=8, micro=2, dp_rank=1, dp_size=2).at(1)
     assert batch.slots.tolist() == [[10, 11], [14, 15]]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("micro_batch_windows", [1, 3])
 def test_every_layout_serves_the_same_windows(dp_size: int, micro_batch_windows: int) -> None:
-    whole = build(batch_windows=72)
-    place: dict[str, Any] = {"batch_windows": 72, "micro_batch_windows": micro_batch_windows, "dp_size": dp_size}
-    parts = [build(**place, dp_rank=rank) for rank in range(dp_size)]
+    whole = batches_of(batch=72)
+    place: dict[str, Any] = {"batch": 72, "micro": micro_batch_windows, "dp_size": dp_size}
+    parts = [batches_of(**place, dp_rank=rank) for rank in range(dp_size)]
     for step in (0, 1, 1000):
         expected = windows_of([whole.at(step)], whole.languages)
         assert windows_of([part.at(step) for part in parts], whole.languages) == expected
@@ -107,37 +87,34 @@ def test_every_layout_serves_the_same_windows(dp_size: int, micro_batch_windows:
 )
 def test_ranks_share_a_step_out(dp_size: int, size: int, micro: int, step: int, data: st.DataObject) -> None:
     total = dp_size * size * micro
-    parts = [
-        build(batch_windows=total, micro_batch_windows=size, dp_rank=rank, dp_size=dp_size).at(step)
-        for rank in range(dp_size)
-    ]
+    parts = [batches_of(batch=total, micro=size, dp_rank=rank, dp_size=dp_size).at(step) for rank in range(dp_size)]
     # Micro-batch m of all ranks together is consecutive, which pipelines and logs may rely on.
     slots = np.concatenate([part.slots for part in parts], axis=1)
     assert slots.ravel().tolist() == list(range(step * total, (step + 1) * total))
 
 
 def test_steps_in_any_order_and_counts() -> None:
-    batches = build()
+    batches = batches_of()
     later = batches.at(7)
     assert [batches.at(step).slots.min() for step in (3, 0, 7)] == [72, 0, 168]
     assert (batches.at(7).tokens == later.tokens).all()
     seen = Counter(batches.languages[i] for step in range(20) for i in batches.at(step).languages.ravel())
-    assert batches.counts(20) == seen
-    assert batches.epochs(20) == {name: seen[name] / batches.windows[name].count for name in seen}
+    assert batches.plan.ranks(20) == seen
+    assert batches.plan.epochs(20) == {name: seen[name] / batches.plan.windows[name] for name in seen}
 
 
 def test_one_epoch_of_one_language_is_all_of_its_training_windows() -> None:
-    batches = build({"en": in_memory(8 * 48 + 1 + 5)}, {"frac_validation": 0.0})
+    batches = batches_of({"en": in_memory(8 * 48 + 1 + 5)}, {"frac_validation": 0.0})
     tokens = np.concatenate([batches.at(step).tokens.reshape(-1, 9) for step in range(2)])
     assert sorted(tokens[:, 1:].ravel().tolist()) == list(range(4, 4 + 8 * 48))
-    assert batches.epochs(3) == {"en": 1.5}
+    assert batches.plan.epochs(3) == {"en": 1.5}
 
 
 def test_settings_choose_the_languages() -> None:
-    batches = build(table={"languages": {"sw": 1.0, "en": 1.0}})
-    assert batches.languages == ("en", "sw") and batches.counts(10) == {"en": 120, "sw": 120}
+    batches = batches_of(table={"languages": {"sw": 1.0, "en": 1.0}})
+    assert batches.languages == ("en", "sw") and batches.plan.ranks(10) == {"en": 120, "sw": 120}
     with pytest.raises(ConfigError, match=r"names 'enn', which the corpus does not have. Did you mean 'en'\?"):
-        build(table={"languages": {"enn": 1.0}})
+        batches_of(table={"languages": {"enn": 1.0}})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +131,7 @@ def test_settings_choose_the_languages() -> None:
 )
 def test_micro_batches_that_do_not_fit(batch_windows: int, micro: int, dp_size: int, remedy: str) -> None:
     with pytest.raises(LayoutError) as error:
-        build(batch_windows=batch_windows, micro_batch_windows=micro, dp_size=dp_size)
+        num_micro_batches(batch_windows, micro, dp_size)
     assert remedy in str(error.value)
     assert f"batch_windows={batch_windows} with micro_batch_windows={micro} on dp={dp_size}:" in str(error.value)
 
@@ -175,31 +152,31 @@ def test_what_a_refusal_proposes_works(batch_windows: int, micro: int, dp_size: 
 def test_a_language_too_small_for_a_window() -> None:
     corpus = {"en": in_memory(400), "tiny": in_memory(9), "sw": in_memory(14)}
     with pytest.raises(DataError) as error:
-        build(corpus)
+        batches_of(corpus)
     assert str(error.value) == (
         "with sequence_length=8 a language needs 17 tokens for a window to train on and one to hold out. Too small:\n"
         "  'sw' has 14 tokens: sequence_length=6 would work\n"
         "  'tiny' has 9 tokens: sequence_length=4 would work\n"
         "  Lower data.sequence_length, or leave them out of data.languages."
     )
-    build(corpus, {"sequence_length": 4})
-    build(corpus, {"frac_validation": 0.0})
+    batches_of(corpus, {"sequence_length": 4})
+    batches_of(corpus, {"frac_validation": 0.0})
     with pytest.raises(DataError, match="'tiny' has 9 tokens: sequence_length=8 would work"):
-        build(corpus, {"sequence_length": 9, "frac_validation": 0.0})
+        batches_of(corpus, {"sequence_length": 9, "frac_validation": 0.0})
     with pytest.raises(DataError, match="'one' has 1 tokens: no sequence_length works"):
-        build({"one": in_memory(1)})
+        batches_of({"one": in_memory(1)})
 
 
 def test_a_language_without_tokens() -> None:
     with pytest.raises(DataError, match="'none' has 0 tokens"):
-        build({"en": in_memory(400), "none": in_memory(0)})
+        batches_of({"en": in_memory(400), "none": in_memory(0)})
 
 
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
 def test_an_id_that_the_vocabulary_does_not_have(bad: int) -> None:
     corpus = {"en": in_memory(8 * 24 + 1), "fr": in_memory(8 * 24 + 1, path="tokens/train/fr")}
     corpus["fr"].tokens[8 * 5 + 3] = bad
-    batches = build(corpus, {"frac_validation": 0.0})
+    batches = batches_of(corpus, {"frac_validation": 0.0})
     with pytest.raises(DataError) as error:
         [batches.at(step) for step in range(2)]
     assert str(error.value).startswith(
@@ -224,63 +201,62 @@ def test_every_other_split_is_a_set(roots: dict[str, Any]) -> None:
     train, valid = three_languages(), {"en": in_memory(29, 3), "sw": in_memory(5, 100)}
     roots["both"] = {"train": train, "valid": valid, "test": {"yo": in_memory(100)}}
     choice = DataSettings(root="both", sequence_length=8)
-    sets = validation_sets(Path("both"), choice, max_windows=100)
+    sets = validation_sets(choice, max_windows=100)
     assert {name: list(languages) for name, languages in sets.items()} == {"test": ["yo"], "valid": ["en", "sw"]}
-    en, sw = sets["valid"]["en"], sets["valid"]["sw"]
+    en, sw = sets["valid"]["en"].windows, sets["valid"]["sw"].windows
     assert [en.ids(w).tolist() for w in range(en.count)][-2:] == [list(range(19, 28)), [27, 28, 29, 30, 31]]
     assert sw.count == 1 and sw.ids(0).tolist() == [100, 101, 102, 103, 104]
-    assert validation_sets(Path("both"), choice, max_windows=2)["valid"]["en"].count == 2
+    assert validation_sets(choice, max_windows=2)["valid"]["en"].windows.count == 2
     # Nothing is held out of the training text when there is text to validate on.
-    assert training_windows(train, choice)["en"].count == 3999 // 8
+    assert languages_of(choice, train)["en"].windows.count == 3999 // 8
     only = DataSettings(root="both", sequence_length=8, languages={"en": 1.0})
-    assert {n: list(s) for n, s in validation_sets(Path("both"), only, 100).items()} == {"valid": ["en"]}
+    assert {n: list(s) for n, s in validation_sets(only, 100).items()} == {"valid": ["en"]}
 
 
 def test_without_another_split_the_last_windows_are_held_out(roots: dict[str, Any]) -> None:
     train = three_languages()
     roots["one"] = {"train": train}
     choice = DataSettings(root="one", sequence_length=8, frac_validation=0.1)
-    sets = validation_sets(Path("one"), choice, max_windows=10**6)
+    sets = validation_sets(choice, max_windows=10**6)
     assert list(sets) == [HELD_OUT]
-    for name, training in training_windows(train, choice).items():
+    for name, language in languages_of(choice, train).items():
         total = (train[name].num_tokens - 1) // 8
-        held_out = sets[HELD_OUT][name]
+        training, held_out = language.windows, sets[HELD_OUT][name].windows
         assert held_out.count == round(0.1 * total) and training.count + held_out.count == total
         assert (training.first, held_out.first) == (0, training.count)
-    batches = build(train, {"root": "one", "frac_validation": 0.1})
+    batches = batches_of(train, {"root": "one", "frac_validation": 0.1})
     trained = {t for step in range(100) for t in batches.at(step).tokens[..., 1:].ravel().tolist()}
-    kept = {t for w in sets[HELD_OUT].values() for i in range(w.count) for t in w.ids(i)[1:].tolist()}
+    kept = {t for w in sets[HELD_OUT].values() for i in range(w.windows.count) for t in w.windows.ids(i)[1:].tolist()}
     assert kept and not trained & kept
-    assert validation_sets(Path("one"), choice, max_windows=1)[HELD_OUT]["en"].first == sets[HELD_OUT]["en"].first
-    assert validation_sets(Path("one"), DataSettings(frac_validation=0.0), 5) == {}
+    one = validation_sets(choice, max_windows=1)[HELD_OUT]["en"].windows
+    assert one.first == sets[HELD_OUT]["en"].windows.first
+    assert validation_sets(DataSettings(root="one", frac_validation=0.0), 5) == {}
 
 
 def test_validation_that_cannot_be_had(roots: dict[str, Any]) -> None:
     roots["both"] = {"train": three_languages(), "valid": {"en": in_memory(1)}}
     with pytest.raises(DataError, match="'en' has 1 tokens in split 'valid' of 'both'"):
-        validation_sets(Path("both"), DataSettings(), 5)
+        validation_sets(DataSettings(root="both"), 5)
     roots["mixed"] = {"train": three_languages(), "valid": {"en": in_memory(99, vocabulary="w")}}
     with pytest.raises(DataError, match="split 'valid' of 'mixed' is of vocabulary w, the others of v"):
-        validation_sets(Path("mixed"), DataSettings(), 5)
-    with pytest.raises(ConfigError, match="data.root='other' differ"):
-        validation_sets(Path("both"), DataSettings(root="other"), 5)
+        validation_sets(DataSettings(root="mixed"), 5)
     with pytest.raises(ConfigError, match="max_windows=0"):
-        validation_sets(Path("both"), DataSettings(), 0)
+        validation_sets(DataSettings(root="both"), 0)
 
 
 @pytest.fixture
 def one_set(roots: dict[str, Any]) -> dict[str, Any]:
     valid = {"en": in_memory(8 * 7 + 4, 3), "fr": in_memory(8 * 5 + 1, 100), "sw": in_memory(5, 200)}
     roots["both"] = {"valid": valid}
-    return validation_sets(Path("both"), DataSettings(root="both", sequence_length=8), 100)
+    return validation_sets(DataSettings(root="both", sequence_length=8), 100)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("size", "micro"), [(1, 1), (4, 1), (3, 2), (50, 1)])
 def test_every_layout_validates_on_the_same_windows(one_set: Any, dp_size: int, size: int, micro: int) -> None:
-    expected = windows_of(list(validation_batches(one_set, 1, 0, 1)["valid"]), ("en", "fr", "sw"))
+    expected = windows_of(list(validation_batches(one_set, READING, 1, 0, 1)["valid"]), ("en", "fr", "sw"))
     assert len(expected) == 8 + 5 + 1
-    parts = [validation_batches(one_set, size, rank, dp_size, micro)["valid"] for rank in range(dp_size)]
+    parts = [validation_batches(one_set, READING, size, rank, dp_size, micro)["valid"] for rank in range(dp_size)]
     served = [list(part) for part in parts]
     assert len({len(part) for part in served}) == 1 and len(served[0]) == -(-14 // (size * micro * dp_size))
     assert windows_of([batch for part in served for batch in part], parts[0].languages) == expected
@@ -292,7 +268,7 @@ def test_every_layout_validates_on_the_same_windows(one_set: Any, dp_size: int, 
 
 
 def test_a_short_last_window_is_padded_and_weighs_nothing_there(one_set: Any) -> None:
-    batches = ValidationBatches(one_set["valid"], micro_batch_windows=15, dp_rank=0, dp_size=1)
+    batches = ValidationBatches(one_set["valid"], READING, micro_batch_windows=15, dp_rank=0, dp_size=1)
     batch = batches.at(0)
     assert len(batches) == 1 and batch.slots.tolist() == [[*range(14), -1]]
     assert batch.languages.tolist() == [[0] * 8 + [1] * 5 + [2, 0]]
@@ -320,25 +296,20 @@ def test_through_real_files(tmp_path: Path) -> None:
     for name, tokens in ids.items():
         write(tmp_path, "train", name, tokens, 500)
     choice = DataSettings(root=str(tmp_path), sequence_length=16)
-    batches = Batches(
-        open_corpus(tmp_path, "train"),
-        choice,
-        batch_windows=4,
-        micro_batch_windows=2,
-        dp_rank=1,
-        dp_size=2,
-        seed=0,
-    )
-    assert {name: windows.count for name, windows in batches.windows.items()} == {"en": 42, "zh.Hant": 42}
+    languages = languages_of(choice, open_corpus(tmp_path, "train"))
+    plan = plan_for(choice, languages, batch=4, seed=0)
+    reading = Reading(plain(500))
+    batches = Batches(languages, plan, reading, micro_batch_windows=2, dp_rank=1, dp_size=2)
+    assert batches.plan.windows == {"en": 42, "zh.Hant": 42}
     batch = batches.at(3)
     for at in np.ndindex(batch.slots.shape):
-        language, window = batches.blend.at(int(batch.slots[at]))
+        language, window = batches.plan.at(int(batch.slots[at]))
         tokens = ids[batches.languages[language]]
         assert batch.tokens[at].tolist() == tokens[16 * window : 16 * window + 17].tolist()
-    held_out = validation_sets(tmp_path, choice, 8)
-    assert list(held_out) == [HELD_OUT] and held_out[HELD_OUT]["en"].first == 42
+    held_out = validation_sets(choice, 8)
+    assert list(held_out) == [HELD_OUT] and held_out[HELD_OUT]["en"].windows.first == 42
     write(tmp_path, "valid", "en", ids["en"][:40], 500)
-    (one,) = validation_batches(validation_sets(tmp_path, choice, 8), 3, 0, 1)["valid"]
+    (one,) = validation_batches(validation_sets(choice, 8), reading, 3, 0, 1)["valid"]
     assert one.tokens[0, 2, :8].tolist() == ids["en"][32:40].tolist() and one.weights[0].sum() == 39.0
 
 
@@ -400,7 +371,7 @@ def test_an_error_is_raised_for_its_own_step(recorded: tuple[Recorded, Prefetche
 
 
 def test_prefetched_batches_are_the_batches() -> None:
-    batches = build()
+    batches = batches_of()
     prefetched = Prefetched(batches, start_step=0)
     for step in (0, 1, 2, 9, 3):
         assert (prefetched.at(step).tokens == batches.at(step).tokens).all()

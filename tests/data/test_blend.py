@@ -1,8 +1,7 @@
-"""The blend against a slot-by-slot count, its exact counts, its epochs, and the shares that a recipe asks for."""
+"""The blend against a slot-by-slot count, its exact counts, its epochs, mirrors and blocks."""
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlmega import config
-from xlmega.data.blend import SHARE_BITS, Blend, DataSettings, quantise, shares
+from xlmega.data.blend import SHARE_BITS, Blend, quantise
 from xlmega.errors import ConfigError, DataError
 
 
@@ -156,51 +154,3 @@ def test_a_blend_refuses_what_it_cannot_serve() -> None:
         Blend({"a": 1.0, "b": 0.0}, {"a": 1, "b": 1}, 0)
     with pytest.raises(DataError, match="'b' has 0 windows"):
         Blend({"a": 1.0, "b": 1.0}, {"a": 1}, 0)
-
-
-TOKENS = {"en": 8000, "fr": 1000, "sw": 1000}
-
-
-def test_shares_in_proportion_to_tokens() -> None:
-    assert shares(DataSettings(), TOKENS) == pytest.approx({"en": 0.8, "fr": 0.1, "sw": 0.1}, rel=1e-12)
-
-
-def test_shares_by_temperature() -> None:
-    # Cube roots of 8, 1 and 1.
-    result = shares(DataSettings(temperature=3.0), TOKENS)
-    assert result == pytest.approx({"en": 0.5, "fr": 0.25, "sw": 0.25}, rel=1e-12)
-    assert shares(DataSettings(temperature=1e9), TOKENS) == pytest.approx(dict.fromkeys(TOKENS, 1 / 3), rel=1e-6)
-
-
-def test_explicit_weights_are_relative_and_select() -> None:
-    result = shares(DataSettings(languages={"sw": 3.0, "en": 1.0}), TOKENS)
-    assert result == {"en": 0.25, "sw": 0.75} and list(result) == ["en", "sw"]
-
-
-def test_weights_of_zero_select_and_leave_the_rest_to_the_temperature() -> None:
-    result = shares(DataSettings(languages={"sw": 0.0, "en": 0.0}, temperature=3.0), TOKENS)
-    assert result == pytest.approx({"en": 2 / 3, "sw": 1 / 3}, rel=1e-12)
-    assert math.fsum(result.values()) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"languages": {"en": 1.0, "fr": -1.0}}, "languages.fr must be positive, but is -1.0"),
-        ({"languages": {"en": 1.0, "fr": 0.0}}, "languages.fr is 0 while other weights are not"),
-        ({"languages": {"en": 1.0}, "temperature": 3.0}, "temperature=3.0 would be ignored"),
-        ({"temperature": 0.0}, "temperature must be positive, but is 0.0"),
-        ({"frac_validation": 1.0}, r"frac_validation must be in \[0, 1\), but is 1.0"),
-        ({"sequence_length": 0}, "sequence_length must be at least 1, but is 0"),
-    ],
-)
-def test_settings_that_cannot_be_obeyed(table: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config.build(DataSettings, table)
-
-
-def test_a_language_that_the_corpus_does_not_have() -> None:
-    with pytest.raises(ConfigError, match=r"names 'enn', which the corpus does not have. Did you mean 'en'\?"):
-        shares(DataSettings(languages={"enn": 1.0}), TOKENS)
-    with pytest.raises(DataError, match="'xx' has 0 tokens"):
-        shares(DataSettings(), {**TOKENS, "xx": 0})

@@ -73,7 +73,7 @@ def other_tokens(made_corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_good_run(made_tokens: Path) -> None:
     run = resolved(made_tokens, world=2, tp=2)
     assert (run.recipe.model.vocab_size, run.micro_batches, run.stop_at) == (800, 4, 6)
-    assert run.languages == tuple(sorted(run.corpus)) and len(run.languages) == 5
+    assert run.languages == tuple(sorted(run.data)) and len(run.languages) == 5
     assert data_damage(run) == ""
     text = summary(run)
     for words in (

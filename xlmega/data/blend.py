@@ -8,6 +8,8 @@ left child has P, sends floor(n*P/Q + 1/2) of its first n slots left. That count
 slot's side, and its number on that side, need no history; at the leaf that number is the slot's rank in its language.
 Rank r is in epoch r // W of the language's W windows, at place permute(r % W) of that epoch's order, which knows
 the seed, the language's name and the epoch, but neither the mix, nor the run's length, nor the number of ranks.
+A mirror goes through another language's orders from their ends: the two share no window until together they have used
+the file up. With `block` b the tree places blocks of b slots, all of one language.
 
 Guaranteed, with q = a share rounded to a multiple of 2^-30 (none below one such multiple) and D = ceil(log2 languages):
 every prefix of n slots holds a language n*q times give or take D/2, and each epoch visits each window once.
@@ -16,8 +18,7 @@ every prefix of n slots holds a language n*q times give or take D/2, and each ep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -25,74 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlmega.data.windows import MAX_SIZE, epoch_key, permute, stream_key
-from xlmega.errors import ConfigError, DataError, nearest
+from xlmega.errors import ConfigError, DataError
 
 SHARE_BITS = 30
 """Shares are multiples of 2^-30: products of two weights then fit in int64 with room for the rounding."""
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """A recipe's [data] table."""
-
-    root: str = ""
-    """Folder that tools/tokenize_corpus wrote."""
-    sequence_length: int = 256
-    """Targets of a window, in tokens."""
-    languages: dict[str, float] = field(default_factory=dict)
-    """Relative weights, all positive; all 0 picks the languages and leaves the weights to the temperature; empty
-    picks every language of the root, weighted by the temperature too."""
-    temperature: float = 1.0
-    """Weights are tokens ** (1 / temperature): 1 is in proportion, large is uniform."""
-    frac_validation: float = 0.01
-    """Part of every language's windows, the last ones, held out when the root has no split but 'train'."""
-
-    def problems(self) -> Iterator[str]:
-        if self.sequence_length < 1:
-            yield f"sequence_length must be at least 1, but is {self.sequence_length}."
-        if self.temperature <= 0.0:
-            yield f"temperature must be positive, but is {self.temperature}."
-        if not 0.0 <= self.frac_validation < 1.0:
-            yield f"frac_validation must be in [0, 1), but is {self.frac_validation}."
-        negative = [name for name, weight in self.languages.items() if weight < 0.0]
-        zero = [name for name, weight in self.languages.items() if weight == 0.0]
-        if negative:
-            yield f"languages.{negative[0]} must be positive, but is {self.languages[negative[0]]}."
-        elif zero and len(zero) < len(self.languages):
-            yield (
-                f"languages.{zero[0]} is 0 while other weights are not. Leave it out to train without it, "
-                "or set every weight to 0 to weight all by data.temperature."
-            )
-        elif self.languages and not zero and self.temperature != 1.0:
-            yield (
-                f"temperature={self.temperature} would be ignored, for every language has a weight. "
-                "Set every weight to 0 to weight these languages by temperature."
-            )
-
-
-def shares(settings: DataSettings, tokens_by_language: Mapping[str, int]) -> dict[str, float]:
-    """Each trained language's part of all slots, sorted by name; they sum to 1 but for rounding.
-
-    ConfigError for a language that the corpus does not have, DataError for one whose files are empty.
-    """
-    for problem in settings.problems():
-        raise ConfigError(f"recipe: data.{problem}")
-    for name in settings.languages:
-        if name not in tokens_by_language:
-            hint = nearest(name, tokens_by_language)
-            raise ConfigError(f"data.languages names '{name}', which the corpus does not have.{hint}")
-    names = sorted(settings.languages or tokens_by_language)
-    if not names:
-        raise DataError("the corpus has no language to train on. Write one with tools/tokenize_corpus.")
-    for name in names:
-        if tokens_by_language[name] < 1:
-            raise DataError(f"language '{name}' has 0 tokens. Give it text, or leave it out of data.languages.")
-    weights = {name: settings.languages.get(name, 0.0) for name in names}
-    if not all(weights.values()):
-        most = max(math.log(tokens_by_language[name]) for name in names)
-        weights = {name: math.exp((math.log(tokens_by_language[name]) - most) / settings.temperature) for name in names}
-    total = math.fsum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
 
 
 def quantise(weights: Mapping[str, float]) -> dict[str, int]:
@@ -117,7 +54,8 @@ class Blend:
     """Slot -> (language, window), see the module. `languages` is the tuple that language indices point into.
 
     `start_ranks` says how many windows of a language earlier stages of the run have served: slot 0 here goes on from
-    there, so that a change of mix neither repeats nor skips a window.
+    there, so that a change of mix neither repeats nor skips a window. `mirrors` names, for a language, the one whose
+    orders it goes through backwards.
     """
 
     def __init__(
@@ -126,6 +64,9 @@ class Blend:
         num_windows: Mapping[str, int],
         seed: int,
         start_ranks: Mapping[str, int] | None = None,
+        *,
+        mirrors: Mapping[str, str] | None = None,
+        block: int = 1,
     ) -> None:
         self.languages: tuple[str, ...] = tuple(sorted(shares))
         if not 1 <= len(self.languages) <= 1 << (SHARE_BITS // 2):
@@ -137,7 +78,7 @@ class Blend:
                 )
             if not 1 <= num_windows.get(name, 0) <= MAX_SIZE:
                 raise DataError(f"language '{name}' has {num_windows.get(name, 0)} windows; a blend needs at least 1.")
-        starts = start_ranks or {}
+        self.start_ranks = starts = dict(start_ranks or {})
         assert all(rank >= 0 for rank in starts.values()), starts
         weights = quantise({name: shares[name] for name in self.languages})
         self._depth = (len(self.languages) - 1).bit_length()
@@ -150,12 +91,18 @@ class Blend:
         self._node_weights = np.array(nodes, dtype=np.int64)
         self._num_windows = np.array([num_windows[name] for name in self.languages], dtype=np.int64)
         self._starts = np.array([starts.get(name, 0) for name in self.languages], dtype=np.int64)
-        self._keys = np.array([stream_key(seed, name) for name in self.languages], dtype=np.uint64)
+        mirrors = mirrors or {}
+        assert block >= 1, block
+        self._block = block
+        self._mirrored = np.array([name in mirrors for name in self.languages], dtype=np.bool_)
+        orders = (stream_key(seed, mirrors.get(name, name)) for name in self.languages)
+        self._keys = np.array(list(orders), dtype=np.uint64)
 
     def at(self, slot: int) -> tuple[int, int]:
         """(language index, window) of one slot."""
         assert 0 <= slot < MAX_SIZE, slot
-        node, rank = 1, slot
+        node = 1
+        rank, within = divmod(slot, self._block)
         for _ in range(self._depth):
             total, left = self._nodes[node], self._nodes[2 * node]
             before = _left_of_first(rank, left, total)
@@ -165,13 +112,16 @@ class Blend:
                 node, rank = 2 * node + 1, rank - before
         language = node - (1 << self._depth)
         size = int(self._num_windows[language])
-        epoch, place = divmod(rank + int(self._starts[language]), size)
+        epoch, place = divmod(rank * self._block + within + int(self._starts[language]), size)
+        if self._mirrored[language]:
+            place = size - 1 - place
         return language, permute(place, size, epoch_key(int(self._keys[language]), epoch))
 
     def slots(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(language indices [n], windows [n]) of slots [n], in any order."""
         assert slots.ndim == 1 and (slots.size == 0 or (slots.min() >= 0 and slots.max() < MAX_SIZE)), slots
-        node, rank = np.ones(slots.shape, dtype=np.int64), slots.astype(np.int64)
+        node = np.ones(slots.shape, dtype=np.int64)
+        rank, within = np.divmod(slots.astype(np.int64), self._block)
         for _ in range(self._depth):
             total, left = self._node_weights[node], self._node_weights[2 * node]
             before = _left_of_first(rank, left, total)
@@ -180,20 +130,25 @@ class Blend:
             rank = np.where(goes_right, rank - before, before)
         language = node - (1 << self._depth)
         size = self._num_windows[language]
-        epoch, place = np.divmod(rank + self._starts[language], size)
+        epoch, place = np.divmod(rank * self._block + within + self._starts[language], size)
+        place = np.where(self._mirrored[language], size - 1 - place, place)
         return language.astype(np.int32), permute(place, size, epoch_key(self._keys[language], epoch))
 
     def counts(self, num_slots: int) -> dict[str, int]:
         """How many of the first `num_slots` slots each language has: exact, known before the run."""
         assert 0 <= num_slots <= MAX_SIZE, num_slots
-        counts = np.array([num_slots], dtype=np.int64)
+        whole, rest = divmod(num_slots, self._block)
+        counts = np.array([whole], dtype=np.int64)
         for level in range(self._depth):
             node = np.arange(1 << level, 2 << level)
             total, left = self._node_weights[node], self._node_weights[2 * node]
             # A subtree with no language has no slots either; 1 keeps its division defined.
             to_left = _left_of_first(counts, left, np.maximum(total, 1))
             counts = np.stack([to_left, counts - to_left], axis=1).ravel()
-        return {name: int(count) for name, count in zip(self.languages, counts, strict=False)}
+        result = {name: int(count) * self._block for name, count in zip(self.languages, counts, strict=False)}
+        if rest:
+            result[self.languages[self.at(num_slots - 1)[0]]] += rest
+        return result
 
     def epochs(self, num_slots: int) -> dict[str, float]:
         """Passes over each language's windows by the end of `num_slots` slots, earlier stages' included.

@@ -78,6 +78,27 @@ class IndexedTokens:
             raise DataError(f"'{self.path}.idx' is damaged: its documents are not in order. Tokenise that split again.")
         return starts
 
+    @cached_property
+    def document_lengths(self) -> npt.NDArray[np.int32]:
+        """[documents]: tokens of each document, memory-mapped; read-only."""
+        return np.memmap(
+            _with(self.path, ".idx"), dtype="<i4", mode="r", offset=HEADER.size, shape=(self.num_documents,)
+        )
+
+    @cached_property
+    def _pointers(self) -> npt.NDArray[np.int64]:
+        """[documents]: the byte at which each document begins, memory-mapped."""
+        offset = HEADER.size + 4 * self.num_documents
+        return np.memmap(_with(self.path, ".idx"), dtype="<i8", mode="r", offset=offset, shape=(self.num_documents,))
+
+    def document_span(self, index: int) -> tuple[int, int]:
+        """Where a document begins and ends in `tokens`, read where it stands: the index is not loaded."""
+        start = int(self._pointers[index]) // self.tokens.itemsize
+        end = start + int(self.document_lengths[index])
+        if not 0 <= start < end <= self.num_tokens:
+            raise DataError(f"'{self.path}.idx' is damaged: document {index} is no part of the tokens. Tokenise again.")
+        return start, end
+
     def document(self, index: int) -> npt.NDArray[Any]:
         """The ids of one document, its end-of-document token included."""
         return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]

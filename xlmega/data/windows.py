@@ -42,6 +42,11 @@ class Windows:
         last = num_windows(self.tokens.num_tokens, self.sequence_length, partial=True)
         assert 0 <= self.first <= self.first + self.count <= last, (self.first, self.count, last)
 
+    @property
+    def total(self) -> int:
+        """Whole windows of the file."""
+        return num_windows(self.tokens.num_tokens, self.sequence_length)
+
     def ids(self, window: int) -> NDArray[Any]:
         """The ids of window `first + window`, in the file's dtype: [S + 1], or fewer (at least 2) at the file's end."""
         assert 0 <= window < self.count, (window, self.count)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from xlmega import config
-from xlmega.data.batches import Batch, Prefetched, validation_batches, validation_sets
+from xlmega.data.batches import Batch, Prefetched, validation_batches
+from xlmega.data.languages import validation_sets
 from xlmega.errors import CheckpointError, DataError, NumericsError
 from xlmega.training.engine import Engine, Report
+from xlmega.training.history import data_hashes
 from xlmega.training.metrics import Metrics
 from xlmega.training.optimizer import learning_rate
 from xlmega.training.run import Run
@@ -81,11 +82,11 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, wa
 
 
 def _validation_sets(run: Run, dp_rank: int) -> list[ValidationSet]:
-    data = run.recipe.data
-    windows = validation_sets(Path(data.root), data, run.recipe.training.validation_windows)
+    languages = validation_sets(run.recipe.data, run.recipe.training.validation_windows)
     # As many micro-batches as the pipeline has stages keep it busy, and suit the interleaved schedule.
-    sets = validation_batches(windows, run.runtime.micro_batch_windows, dp_rank, run.layout.dp, run.layout.pp)
-    return [ValidationSet(name, batches, run.vocabulary.piece_bytes) for name, batches in sets.items()]
+    micro, dp_size, pp = run.runtime.micro_batch_windows, run.layout.dp, run.layout.pp
+    sets = validation_batches(languages, run.reading, micro, dp_rank, dp_size, pp)
+    return [ValidationSet(name, batches, run.piece_bytes) for name, batches in sets.items()]
 
 
 def _validate(
@@ -103,15 +104,17 @@ def _validate(
 
 def _facts(run: Run, step: int, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
     """What a checkpoint says of its run: enough to know what was learnt from what, and to go on without the run."""
-    plan, length = run.recipe.training, run.recipe.data.sequence_length
-    counts = run.batches(0).counts(step)
+    length, ranks = run.recipe.data.sequence_length, run.plan.ranks(step)
     return {
         "recipe": config.to_table(run.recipe),
-        "vocabulary": run.vocabulary.hash,
-        "learning_rate": learning_rate(run.recipe.optimizer, plan.total_steps).at(step),
-        "windows": sum(counts.values()),
-        "tokens": sum(counts.values()) * length,
-        "tokens_by_language": {name: count * length for name, count in counts.items()},
+        "vocabulary": run.vocabulary_hash,
+        "learning_rate": learning_rate(run.recipe.optimizer, run.recipe.training.total_steps).at(step),
+        "windows": run.plan.first_slot(step),
+        "tokens": run.tokens(step),
+        "tokens_by_language": {name: rank * length for name, rank in ranks.items()},
+        "ranks": ranks,
+        "plan": run.plan.to_table(),
+        "data": data_hashes(run),
         "validation": figures,
     }
 
@@ -145,7 +148,7 @@ def _record(
         "tokens_by_language": {names[k]: report.targets[k] for k in present},
         "learning_rate": rate,
         "gradient_norm": norm,
-        "tokens": done * run.recipe.training.batch_windows * run.recipe.data.sequence_length,
+        "tokens": run.tokens(done),
         "tokens_per_second": sum(report.targets) / seconds,
         "seconds": seconds,
     }

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from xlmega import config
-from xlmega.data.blend import DataSettings
+from xlmega.data.settings import CHANGEABLE, DataSettings
 from xlmega.errors import ConfigError, nearest
 from xlmega.models import config as models
 from xlmega.models.config import ModelConfig
+from xlmega.schedules import Stages, constant
 from xlmega.training.optimizer import OptimizerSettings
 
 FIGURES = ("nats_per_token", "bits_per_byte")
@@ -27,8 +28,8 @@ class TrainingSettings:
     """Length and rhythm of a run."""
 
     total_steps: int
-    batch_windows: int
-    """Windows of a step, over all ranks."""
+    batch_windows: int | tuple[tuple[int, ...], ...]
+    """Windows of a step, over all ranks; or [[0, 64], [1000, 256]]: each from a step on."""
     seed: int = 0
     """Of initial weights, data order and dropout."""
     log_every_steps: int = 1
@@ -47,9 +48,10 @@ class TrainingSettings:
     """The checkpoint with the lowest validation figure is kept too, as in "valid/bits_per_byte"; empty: none."""
 
     def problems(self) -> Iterator[str]:
-        for name in ("total_steps", "batch_windows", "log_every_steps", "validation_windows"):
+        for name in ("total_steps", "log_every_steps", "validation_windows"):
             if getattr(self, name) < 1:
                 yield f"{name} must be at least 1, but is {getattr(self, name)}."
+        yield from self._problems_of_batches()
         for name in ("seed", "validate_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps"):
             if getattr(self, name) < 0:
                 yield f"{name} must not be negative, but is {getattr(self, name)}."
@@ -69,6 +71,29 @@ class TrainingSettings:
                 f"keep_best compares validations at saved steps: save_every_steps={self.save_every_steps} must be a "
                 f"multiple of validate_every_steps={self.validate_every_steps}."
             )
+
+    def _problems_of_batches(self) -> Iterator[str]:
+        if isinstance(self.batch_windows, int):
+            if self.batch_windows < 1:
+                yield f"batch_windows must be at least 1, but is {self.batch_windows}."
+            return
+        stages = [list(stage) for stage in self.batch_windows]
+        if not stages or any(len(stage) != 2 or stage[0] < 0 or stage[1] < 1 for stage in stages):
+            yield f"batch_windows must be a number or pairs of step and windows, [[0, 64], [1000, 256]], not {stages}."
+            return
+        starts = [stage[0] for stage in stages]
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            yield f"batch_windows begins at step 0 and goes on in ascending steps, but its steps are {starts}."
+        elif starts[-1] >= self.total_steps:
+            yield f"batch_windows changes at step {starts[-1]}, but the run ends at {self.total_steps}."
+
+    @property
+    def batch(self) -> Stages[int]:
+        """Windows of a step, by step."""
+        if isinstance(self.batch_windows, int):
+            return constant(self.batch_windows)
+        starts, sizes = zip(*self.batch_windows, strict=True)
+        return Stages(starts, sizes)
 
 
 @dataclass(frozen=True)
@@ -101,6 +126,8 @@ FREE_ON_RESUME = {
     "training.keep_every_steps",
     "training.keep_best",
 }
+# Changing these changes what is served, from the resumed step on.
+CHANGES_THE_DATA = {*(f"data.{name}" for name in CHANGEABLE), "training.batch_windows"}
 
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -126,11 +153,16 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"no recipe '{name}'.{nearest(name, (path.stem for path in RECIPES.glob('*.toml')))}")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
-    """'training.seed: 0 -> 1' for every value that differs between two recipes as tables."""
-    for key in sorted({*old, *new}):
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """{'training.seed': '0 -> 1'} for every value that differs between two recipes as tables and matters."""
+    return dict(sorted(_differences(old, new, "")))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    for key in {*old, *new}:
         here = f"{path}{key}"
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict) and key != "languages":
-            yield from differences(old[key], new[key], f"{here}.")
+        leaf = here in CHANGES_THE_DATA or here in FREE_ON_RESUME
+        if not leaf and isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            yield from _differences(old[key], new[key], f"{here}.")
         elif old.get(key) != new.get(key) and here not in FREE_ON_RESUME:
-            yield f"{here}: {old.get(key)!r} -> {new.get(key)!r}"
+            yield here, f"{old.get(key)!r} -> {new.get(key)!r}"

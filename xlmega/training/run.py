@@ -21,27 +21,36 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 
 from xlmega import __version__, config
-from xlmega.data.batches import Batches, validation_sets
+from xlmega.data.batches import Batches, Reading, num_micro_batches
 from xlmega.data.indexed import IndexedTokens, damage, open_corpus, splits
+from xlmega.data.languages import Language, id_space, open_roots, roots_of, training_languages, validation_sets
+from xlmega.data.plan import Plan, first_slot
+from xlmega.data.planning import beyond_cap, check_cap, plan_of
 from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError, nearest
 from xlmega.models.config import check_layout
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
 from xlmega.parallel.preflight import code_hash
+from xlmega.text.remapping import IdSpace
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.training.checkpoint import list_checkpoints, open_source
+from xlmega.training.history import Recorded, check_same_run, data_hashes, read_recorded
 from xlmega.training.locking import LOCK_NAME, held
-from xlmega.training.recipe import Recipe, differences
+from xlmega.training.recipe import Recipe
 from xlmega.training.runtime import Runtime, check_pair
 from xlmega.weights.directory import check_shapes, copy_folder, write_json
 from xlmega.weights.initial import InitialWeights
 from xlmega.weights.names import logical_shapes
 from xlmega.weights.shards import LogicalSource
 
+VOCABULARIES = ("vocabulary", "vocabulary_2")
+"""Folders of a run directory: the vocabulary of each root."""
 PACKAGES = ("torch", "megatron-core", "deepspeed", "sentencepiece", "numpy", "transformer-engine", "apex")
 
 
@@ -54,38 +63,74 @@ class Run:
     layout: Layout
     output: Path
     recompute: str
-    corpus: dict[str, IndexedTokens]
-    vocabulary: Vocabulary
-    vocabulary_folder: Path
+    data: dict[str, Language]
+    """Every language that the recipe may serve, by name, opened; clones and the second root's among them."""
+    vocabularies: tuple[Vocabulary, ...]
+    """Of each root."""
+    ids: IdSpace
+    """The model's ids."""
+    plan: Plan
     micro_batches: int
-    """Of each data-parallel rank in a step."""
+    """Most of each data-parallel rank in a step."""
     stop_at: int
     """Updates after which to save and end."""
     save_asynchronously: bool = False
     """Train on while a checkpoint is written from a copy."""
+    changes: tuple[dict[str, Any], ...] = ()
+    """What resumes have changed of the recipe: each with `at_step` and the keys."""
 
-    @cached_property
+    @property
     def languages(self) -> tuple[str, ...]:
         """Names of the languages, in the order of a batch's indices."""
-        return self.batches(0).languages
+        return self.plan.languages
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The first root's."""
+        return self.vocabularies[0]
+
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """What an id means: the vocabulary's hash, or that of all vocabularies and how their ids are combined."""
+        if self.ids.is_plain:
+            return self.vocabulary.hash
+        parts = [*(vocabulary.hash for vocabulary in self.vocabularies), self.ids.hash]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def piece_bytes(self) -> npt.NDArray[np.int32]:
+        """[ids]: how many UTF-8 bytes of text each of the model's ids stands for."""
+        return self.ids.gather([vocabulary.piece_bytes for vocabulary in self.vocabularies])
+
+    @property
+    def reading(self) -> Reading:
+        """How windows become batches."""
+        return Reading(self.ids, self.recipe.data.reset_attention)
 
     def identity(self) -> dict[str, str]:
         """What must be the same on every rank of the run, in short."""
-        told = {"recipe": config.to_table(self.recipe), "ds_config": dict(self.runtime.settings), "data": _hashes(self)}
+        told = {
+            "recipe": config.to_table(self.recipe),
+            "ds_config": dict(self.runtime.settings),
+            "data": data_hashes(self),
+        }
         hashes = {key: hashlib.sha256(json.dumps(told[key], sort_keys=True).encode()).hexdigest()[:16] for key in told}
         return {"xlmega's code": code_hash(), **hashes, **versions()}
 
     def batches(self, dp_rank: int) -> Batches:
         """The training stream of one data-parallel rank."""
         return Batches(
-            self.corpus,
-            self.recipe.data,
-            batch_windows=self.recipe.training.batch_windows,
+            self.data,
+            self.plan,
+            self.reading,
             micro_batch_windows=self.runtime.micro_batch_windows,
             dp_rank=dp_rank,
             dp_size=self.layout.dp,
-            seed=self.recipe.training.seed,
         )
+
+    def tokens(self, step: int) -> int:
+        """Targets that the steps before `step` serve, padding of short documents among them."""
+        return self.plan.first_slot(step) * self.recipe.data.sequence_length
 
 
 def resolve(
@@ -102,8 +147,48 @@ def resolve(
     if not recipe.data.root:
         raise ConfigError("the recipe has no data: give --set data.root=FOLDER, as tools/tokenize_corpus.py writes it.")
     check_pair(runtime, layout)
-    root = Path(recipe.data.root)
-    corpus = open_corpus(root, "train")
+    corpora = open_roots(recipe.data)
+    vocabularies = tuple(map(_vocabulary_of, roots_of(recipe.data), corpora))
+    ids = id_space(recipe.data, vocabularies)
+    recipe = replace(recipe, model=_sized(recipe, ids))
+    check_layout(layout, recipe.model, recipe.data.sequence_length)
+    training = recipe.training
+    if not 0 <= stop_at <= training.total_steps:
+        raise ConfigError(
+            f"--stop_at {stop_at} is not a step of this run: training.total_steps is {training.total_steps}."
+        )
+    if first_slot(training.batch, training.total_steps) > MAX_SIZE:
+        raise ConfigError(
+            f"training.total_steps={training.total_steps} x batch_windows={training.batch_windows} is more windows "
+            f"than can be numbered ({MAX_SIZE}). Lower either."
+        )
+    data = training_languages(recipe.data, corpora)
+    sizes = {name: language.size for name, language in data.items()}
+    plan = plan_of(recipe.data, sizes, training.batch, total_steps=training.total_steps, seed=training.seed)
+    stop_at = stop_at or training.total_steps
+    run = Run(
+        recipe, runtime, layout, output, recompute, data, vocabularies, ids, plan, 0, stop_at, save_asynchronously
+    )
+    sets = validation_sets(recipe.data, training.validation_windows)  # that they open, before anything starts
+    best = training.keep_best.partition("/")[0]
+    if best and best not in sets:
+        raise ConfigError(f"training.keep_best names the validation set '{best}'.{nearest(best, sets)}")
+    return planned(run, plan)
+
+
+def planned(run: Run, plan: Plan, first_step: int = 0) -> Run:
+    """The run with that plan, once its steps from `first_step` on suit layout, micro-batches and the cap on epochs."""
+    starts = [start for start in plan.batch.starts if start > first_step]
+    micro_batches = []
+    for size in sorted({plan.batch.at(step) for step in (first_step, *starts)}):
+        micro_batches.append(num_micro_batches(size, run.runtime.micro_batch_windows, run.layout.dp))
+        check_interleaving(run.layout, micro_batches[-1])
+    check_cap(run.recipe.data, plan, run.recipe.training.total_steps)
+    return replace(run, plan=plan, micro_batches=max(micro_batches))
+
+
+def _vocabulary_of(root: Path, corpus: dict[str, IndexedTokens]) -> Vocabulary:
+    """The vocabulary in a token folder, once its tokens are of it."""
     folder = root / "vocabulary"
     vocabulary = load_vocabulary(folder)
     told = next(iter(corpus.values())).manifest.vocabulary_hash
@@ -118,45 +203,30 @@ def resolve(
                 f"the manifest '{tokens.path}.json' tells of ids to {tokens.manifest.max_id} in a vocabulary of "
                 f"{tokens.manifest.vocabulary_size}, but '{folder}' has {vocabulary.size} ids. Tokenise '{name}' again."
             )
-    recipe = replace(recipe, model=_sized(recipe, vocabulary))
-    check_layout(layout, recipe.model, recipe.data.sequence_length)
-    total_steps = recipe.training.total_steps
-    if not 0 <= stop_at <= total_steps:
-        raise ConfigError(f"--stop_at {stop_at} is not a step of this run: training.total_steps is {total_steps}.")
-    if total_steps * recipe.training.batch_windows > MAX_SIZE:
-        raise ConfigError(
-            f"training.total_steps={total_steps} x batch_windows={recipe.training.batch_windows} is more windows than "
-            f"can be numbered ({MAX_SIZE}). Lower either."
-        )
-    stop_at = stop_at or total_steps
-    run = Run(recipe, runtime, layout, output, recompute, corpus, vocabulary, folder, 0, stop_at, save_asynchronously)
-    batches = run.batches(0)
-    check_interleaving(layout, batches.micro_batches)
-    sets = validation_sets(
-        root, recipe.data, recipe.training.validation_windows
-    )  # that they open, before anything starts
-    best = recipe.training.keep_best.partition("/")[0]
-    if best and best not in sets:
-        raise ConfigError(f"training.keep_best names the validation set '{best}'.{nearest(best, sets)}")
-    return replace(run, micro_batches=batches.micro_batches)
+    return vocabulary
 
 
-def _sized(recipe: Recipe, vocabulary: Vocabulary) -> Any:
+def _sized(recipe: Recipe, ids: IdSpace) -> Any:
     """The model with its number of ids: the vocabulary's, or more where the recipe says so."""
     asked = recipe.model.vocab_size
-    if asked and asked < vocabulary.size:
+    if asked and asked < ids.size:
+        whose = "the vocabulary" if ids.is_plain else "the combined vocabulary"
         raise DataError(
-            f"model.vocab_size={asked}, but the vocabulary of '{recipe.data.root}' has {vocabulary.size} ids. "
+            f"model.vocab_size={asked}, but {whose} of '{recipe.data.root}' has {ids.size} ids. "
             "Leave model.vocab_size at 0 to take the vocabulary's size, or tokenise with a smaller vocabulary."
         )
-    return replace(recipe.model, vocab_size=asked or vocabulary.size)
+    return replace(recipe.model, vocab_size=asked or ids.size)
 
 
 def data_damage(run: Run, share: int = 0, shares: int = 1) -> str:
     """What the checksums say is wrong with the token files ('' if nothing); `share` of `shares` divides the hashing."""
-    root = Path(run.recipe.data.root)
+    served = {language.original or name for name, language in run.data.items()}
     files = [
-        root / split / name for split in splits(root) for name in open_corpus(root, split) if name in run.languages
+        root / split / name
+        for root in roots_of(run.recipe.data)
+        for split in splits(root)
+        for name in open_corpus(root, split)
+        if name in served
     ]
     return damage(files, share, shares)
 
@@ -174,18 +244,23 @@ def first_weights(recipe: Recipe) -> LogicalSource:
 # -------------------------------------------------------------------- run directory
 
 # What lies in a run directory before run.json does.
-_BEGINNINGS = {LOCK_NAME, "checkpoints", "vocabulary", "vocabulary.part", "run.json.part"}
+_BEGINNINGS = {
+    LOCK_NAME, "checkpoints", "run.json.part", *VOCABULARIES, *(f"{name}.part" for name in VOCABULARIES)
+}  # fmt: skip
 
 
-def check_output(run: Run, *, resume: bool) -> None:
-    """Refuse a run directory that is occupied, unwritable or of another run; nothing is created."""
+def check_output(run: Run, *, resume: bool) -> Recorded | None:
+    """Refuse a run directory that is occupied, unwritable or of another run; nothing is created.
+
+    What is recorded there of the run that goes on, for `continued`; None where one begins.
+    """
     try:
-        _check_output(run, run.output, resume)
+        return _check_output(run, run.output, resume)
     except OSError as error:
         raise CheckpointError(f"--output '{run.output}' cannot be used: {error.strerror}.") from None
 
 
-def _check_output(run: Run, output: Path, resume: bool) -> None:
+def _check_output(run: Run, output: Path, resume: bool) -> Recorded | None:
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"--output '{output}' is a file; a run needs a directory.")
     above = output
@@ -197,42 +272,19 @@ def _check_output(run: Run, output: Path, resume: bool) -> None:
         raise CheckpointError(f"--output '{output}' cannot be written: no permission in '{above}'.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if names <= _BEGINNINGS and not list_checkpoints(output):  # new, or killed before it had begun
-        return
+        return None
     if not resume:
         state = f"checkpoints of steps {list_checkpoints(output)}" if list_checkpoints(output) else "files"
         raise CheckpointError(
             f"--output '{output}' is occupied: it has {state}. Go on with --resume, or choose another."
         )
-    told = output / "run.json"
-    if not told.is_file():
+    if not (output / "run.json").is_file():
         raise CheckpointError(
             f"--resume: '{output}' is not empty and not a run (no run.json). Choose another --output."
         )
-    try:
-        before = json.loads(told.read_text(encoding="utf-8"))
-        old, vocabulary, data = dict(before["recipe"]), str(before["vocabulary"]), dict(before["data"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"'{told}' is damaged, so what this run was cannot be known. Restore it.") from None
-    changed = list(differences(old, config.to_table(run.recipe)))
-    if changed:
-        raise ConfigError(
-            f"--resume: '{output}' was started with another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\n  Give the same recipe and --set, or start a new run with init.weights set to this one."
-        )
-    if vocabulary != run.vocabulary.hash:
-        raise DataError(
-            f"--resume: '{output}' was trained with vocabulary {vocabulary[:12]}, but '{run.recipe.data.root}' has "
-            f"{run.vocabulary.hash[:12]}. Point data.root at the tokens of the first."
-        )
-    known = set(run.languages) if run.recipe.data.languages else {*run.corpus, *data}
-    now = facts(run)["data"]
-    other = sorted(name for name in known if data.get(name) != now.get(name))
-    if other:
-        raise DataError(
-            f"--resume: '{output}' was trained on other tokens of {', '.join(other[:10])} than those of "
-            f"'{run.recipe.data.root}', so it cannot go on where it stood. Point data.root at the tokens of the first."
-        )
+    recorded = read_recorded(output)
+    check_same_run(run, recorded)
+    return recorded
 
 
 def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool) -> None:
@@ -253,11 +305,12 @@ def create_output(run: Run) -> None:
     """Make the run directory and write what the run is; one process calls it."""
     try:
         (run.output / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not (run.output / "vocabulary").is_dir():
-            part = run.output / "vocabulary.part"
-            shutil.rmtree(part, ignore_errors=True)
-            copy_folder(run.vocabulary_folder, part)
-            part.rename(run.output / "vocabulary")
+        for root, name in zip(roots_of(run.recipe.data), VOCABULARIES, strict=False):
+            if not (run.output / name).is_dir():
+                part = run.output / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                copy_folder(root / "vocabulary", part)
+                part.rename(run.output / name)
         part = write_json(run.output / "run.json.part", facts(run))
         part.replace(run.output / "run.json")
     except OSError as error:
@@ -275,14 +328,12 @@ def facts(run: Run) -> dict[str, Any]:
         "ds_config": dict(run.runtime.settings),
         "layout": run.layout.describe(),
         "recompute": run.recompute,
-        "vocabulary": run.vocabulary.hash,
-        "data": _hashes(run),
+        "vocabulary": run.vocabulary_hash,
+        "data": data_hashes(run),
+        "plan": run.plan.to_table(),
+        "changes": list(run.changes),
         "versions": {"python": platform.python_version(), **versions()},
     }
-
-
-def _hashes(run: Run) -> dict[str, str]:
-    return {name: tokens.manifest.bin_sha256 for name, tokens in run.corpus.items()}
 
 
 def versions() -> dict[str, str]:
@@ -317,21 +368,47 @@ def _lines(run: Run) -> Iterator[str]:
     parts = memory(run)
     by_part = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
     yield f"  {by_part}; together {sum(parts.values()) / 2**20:,.0f} MiB, without what Python and its libraries take"
-    batches = run.batches(0)
-    steps, length = recipe.training.total_steps, recipe.data.sequence_length
-    counts, epochs = batches.counts(steps), batches.epochs(steps)
-    windows = sum(counts.values())
-    yield f"data: {windows:,} windows of {length} tokens, {windows * length:,} tokens in one stage (steps 0 to {steps})"
-    for name in batches.languages:
-        available = run.corpus[name].num_tokens
-        repeated = "  REPEATS" if epochs[name] > 1 else ""
-        yield (
-            f"  {name}: {counts[name] * length:,} tokens ({100 * counts[name] / windows:.2f} %), {epochs[name]:.3f} "
-            f"epochs of {available:,}{repeated}"
+    yield from _data_lines(run)
+
+
+def _data_lines(run: Run) -> Iterator[str]:
+    plan, length, steps = run.plan, run.recipe.data.sequence_length, run.recipe.training.total_steps
+    ends = [*(mix.from_step for mix in plan.mixes[1:]), steps]
+    windows = plan.first_slot(steps)
+    yield f"data: {windows:,} windows of {length} tokens, {run.tokens(steps):,} tokens in {len(ends)} stage" + (
+        "s" if len(ends) > 1 else ""
+    )
+    for mix, end in zip(plan.mixes, ends, strict=True):
+        served, counts = plan.first_slot(end) - plan.first_slot(mix.from_step), plan.counts(mix.from_step, end)
+        sizes = sorted(
+            {plan.batch.at(step) for step in (mix.from_step, *plan.batch.starts) if mix.from_step <= step < end}
         )
-    sets = validation_sets(Path(recipe.data.root), recipe.data, recipe.training.validation_windows)
+        batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        unit = " of one language" if mix.block > 1 else ""
+        yield f"  stage '{mix.name}', steps {mix.from_step} to {end}, {batch} windows a step{unit}: {served:,} windows"
+        if len(plan.mixes) > 1:
+            for name in sorted(mix.weights):
+                yield f"    {name}: {counts[name]:,} windows ({100 * counts[name] / max(1, served):.2f} %)"
+    counts, epochs = plan.ranks(steps), plan.epochs(steps)
+    for name in plan.languages:
+        repeated = "  REPEATS" if epochs[name] > 1 else ""
+        whose = f", the windows of {run.data[name].original}" if name in run.data and run.data[name].original else ""
+        yield (
+            f"  {name}: {counts[name]:,} windows, {counts[name] * length:,} tokens "
+            f"({100 * counts[name] / windows:.2f} %), {epochs[name]:.3f} epochs of {plan.windows[name]:,} windows"
+            f"{whose}{repeated}"
+        )
+    sets = validation_sets(run.recipe.data, run.recipe.training.validation_windows)
     for name, languages in sets.items():
-        yield f"validation '{name}', windows: " + ", ".join(f"{code} {one.count}" for code, one in languages.items())
+        words = ", ".join(f"{code} {one.windows.count}" for code, one in languages.items())
+        yield f"validation '{name}', windows: {words}"
+    for warning in warnings(run):
+        yield f"note: {warning}"
+
+
+def warnings(run: Run) -> Iterator[str]:
+    """What should be known of a run's data before its first step, though nothing is wrong with it."""
+    yield from beyond_cap(run.recipe.data, run.plan, run.recipe.training.total_steps)
 
 
 def memory(run: Run) -> dict[str, float]:
