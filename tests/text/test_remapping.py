@@ -18,6 +18,7 @@ def test_a_clone_by_eye() -> None:
     assert clone_map(5, 1).tolist() == [0, 6, 7, 8, 9]
     assert clone_map(5, 3).tolist() == [0, 16, 17, 18, 19]
     assert clone_map(5, 0).tolist() == [0, 1, 2, 3, 4]
+    assert clone_map(5, 1, pad_id=None).tolist() == [5, 6, 7, 8, 9]
     assert clone_map(5, 1, pad_id=1).tolist() == [5, 1, 7, 8, 9]
     space = cloned(5, 2)
     assert space.size == 15 and len(space.tables) == 3 and not space.is_plain
@@ -80,13 +81,13 @@ def test_two_vocabularies_apart() -> None:
 
 
 def test_padding_of_other_numberings() -> None:
-    """Wherever a vocabulary keeps its padding (XGLM: 1; none: -1), it becomes the first's."""
+    """Wherever a vocabulary keeps its padding (XGLM: 1; none: None), it becomes the first's."""
     space = second(FIRST, ["<s>", "<pad>", "a"], merge=True, second_pad_id=1)
     assert space.tables[1].tolist() == [7, 0, 3]
     space = second(FIRST, ["<s>", "<pad>", "a"], merge=True, second_pad_id=0)
     assert space.tables[1].tolist() == [0, 7, 3], "a piece called <pad> that is not the padding is no padding"
-    assert second(["x"], ["x", "y"], merge=True, first_pad_id=-1, second_pad_id=-1).tables[1].tolist() == [0, 1]
-    assert second(["x"], ["x", "y"], merge=False, first_pad_id=-1, second_pad_id=0).tables[1].tolist() == [1, 2]
+    assert second(["x"], ["x", "y"], merge=True, first_pad_id=None, second_pad_id=None).tables[1].tolist() == [0, 1]
+    assert second(["x"], ["x", "y"], merge=False, first_pad_id=None, second_pad_id=0).tables[1].tolist() == [1, 2]
 
 
 PIECES = st.lists(st.text("abc", min_size=1, max_size=3), unique=True, max_size=30)

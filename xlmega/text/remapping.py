@@ -95,25 +95,25 @@ def plain(size: int) -> IdSpace:
     return IdSpace(size, (np.arange(size, dtype=np.int32),))
 
 
-def cloned_ids(size: int, frac_clone: float, pad_id: int = 0) -> npt.NDArray[np.bool_]:
+def cloned_ids(size: int, frac_clone: float, pad_id: int | None = 0) -> npt.NDArray[np.bool_]:
     """[size]: which ids of a vocabulary a clone has copies of; the rest are shared with the original."""
     order = list(range(size))
     random.Random(0).shuffle(order)
     cloned = np.zeros(size, dtype=np.bool_)
     cloned[order[: int(frac_clone * size)]] = True
-    if 0 <= pad_id < size:
+    if pad_id is not None:
         cloned[pad_id] = False
     return cloned
 
 
-def clone_map(size: int, clone: int, frac_clone: float = 1.0, pad_id: int = 0) -> Ids:
+def clone_map(size: int, clone: int, frac_clone: float = 1.0, pad_id: int | None = 0) -> Ids:
     """[size]: the ids of clone number `clone` (1, 2, ...; 0 is the original itself)."""
     ids = np.arange(size, dtype=np.int64)
     mapped = np.where(cloned_ids(size, frac_clone, pad_id), ids + clone * size, ids)
     return mapped.astype(np.int32)
 
 
-def cloned(size: int, num_clones: int, frac_clone: float = 1.0, pad_id: int = 0) -> IdSpace:
+def cloned(size: int, num_clones: int, frac_clone: float = 1.0, pad_id: int | None = 0) -> IdSpace:
     """A vocabulary and its clones: numbering k is clone k. With `frac_clone` below 1 there is one clone at most."""
     if num_clones < 0 or not 0.0 <= frac_clone <= 1.0:
         raise ConfigError(
@@ -136,8 +136,8 @@ def second(
     second_pieces: Sequence[str],
     *,
     merge: bool,
-    first_pad_id: int = 0,
-    second_pad_id: int = 0,
+    first_pad_id: int | None = 0,
+    second_pad_id: int | None = 0,
 ) -> IdSpace:
     """Two vocabularies, given as their pieces in id order: numbering 0 is the first and numbering 1 the second."""
     size = len(first_pieces)
@@ -146,7 +146,7 @@ def second(
         known = {piece: id for id, piece in reversed(list(enumerate(first_pieces)))}
         table, free = np.empty(len(second_pieces), dtype=np.int64), size
         for id, piece in enumerate(second_pieces):
-            if id == second_pad_id and first_pad_id >= 0:
+            if id == second_pad_id and first_pad_id is not None:
                 table[id] = first_pad_id
             elif piece in known and known[piece] != first_pad_id:
                 table[id] = known.pop(piece)  # once: no two ids of a numbering may become one
@@ -154,7 +154,7 @@ def second(
                 table[id], free = free, free + 1
     else:
         table, free = np.arange(len(second_pieces), dtype=np.int64) + size, size + len(second_pieces)
-        if 0 <= second_pad_id < len(second_pieces) and first_pad_id >= 0:
+        if first_pad_id is not None and second_pad_id is not None:
             table[second_pad_id] = first_pad_id
     _check_size(free)
     return IdSpace(free, (np.arange(size, dtype=np.int32), table.astype(np.int32)))
