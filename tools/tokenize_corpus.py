@@ -22,7 +22,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, required=True, help="a folder from tools/train_vocabulary.py")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="threads that encode; changes the speed only"
+        "--workers", type=int, default=os.cpu_count(), help="processes that encode; changes the speed only"
+    )
+    parser.add_argument("--prefix", nargs="*", default=(), metavar="PIECE", help="put before every document, as '</s>'")
+    parser.add_argument(
+        "--suffix", nargs="*", metavar="PIECE", help="put behind instead of the document's end; none: ''"
     )
     parser.add_argument("--only", action="store_true", help="not the splits beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace splits that are there")
@@ -31,7 +35,9 @@ def main() -> None:
         args.split,
         args.vocabulary,
         args.output,
-        num_threads=args.workers,
+        workers=args.workers,
+        prefix=args.prefix,
+        suffix=args.suffix,
         only=args.only,
         overwrite=args.overwrite,
         say=lambda line: print(line, flush=True),

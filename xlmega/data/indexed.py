@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,28 @@ def open_corpus(root: Path, split: str) -> dict[str, IndexedTokens]:
     return corpus
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Documents as they will stand in the files."""
+
+    ids: bytes
+    lengths: bytes
+    min_id: int
+    max_id: int
+
+
+def pack(ids: npt.NDArray[Any], lengths: npt.NDArray[Any], dtype: str) -> Packed:
+    """Documents whose ids stand back to back in `ids`, for a writer of `dtype`; a DataError when an id does not fit."""
+    low, high, limit = int(ids.min()), int(ids.max()), np.iinfo(dtype).max
+    if low < 0 or high > limit:
+        raise DataError(
+            f"ids from {low} to {high} do not fit into {dtype} (0 to {limit}). "
+            "Use the dtype that token_dtype(vocabulary_size) gives."
+        )
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    return Packed(ids.astype(little_endian).tobytes(), lengths.astype("<i4").tobytes(), low, high)
+
+
 class IndexedWriter:
     """Writes PREFIX.bin, .idx and .json. Until `finish` there are only *.part files, and they mean nothing.
 
@@ -208,14 +231,13 @@ class IndexedWriter:
             raise DataError(f"tokens are stored as {', '.join(DTYPE_CODES)}, not as '{dtype}'.")
         self._prefix = prefix
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._limits = np.iinfo(self._dtype)
         self._pending: list[tuple[bytes, bytes]] = []  # tokens, lengths
         self.pending_bytes = 0
         self._closed = False
         self._documents = self._tokens = 0
-        self._min_id, self._max_id = int(self._limits.max), -1
+        self._min_id, self._max_id = int(np.iinfo(self._dtype).max), -1
         self._hash = BlockHash(HASH_BLOCK_BYTES)
-        with _write_errors(prefix):
+        with write_errors(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             _with(prefix, ".json").unlink(missing_ok=True)  # what it described is about to be replaced
             if state is None:
@@ -267,24 +289,24 @@ class IndexedWriter:
                 f"documents of {lengths.min()} to {lengths.max()} tokens, {lengths.sum()} together, were given with "
                 f"{len(ids)} ids. A document has 1 to {MAX_DOCUMENT_TOKENS} tokens and the lengths add up to the ids."
             )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high > self._limits.max:
-            raise DataError(
-                f"ids from {low} to {high} do not fit into {self._dtype.name} (0 to {self._limits.max}). "
-                "Use the dtype that token_dtype(vocabulary_size) gives."
-            )
-        self._min_id, self._max_id = min(self._min_id, low), max(self._max_id, high)
-        self._pending.append((ids.astype(self._dtype).tobytes(), lengths.astype("<i4").tobytes()))
-        self.pending_bytes += len(self._pending[-1][0]) + len(self._pending[-1][1])
-        self._documents += len(lengths)
-        self._tokens += len(ids)
+        self.add_packed(pack(ids, lengths, self._dtype.name))
+
+    def add_packed(self, documents: Packed) -> None:
+        """Append documents that `pack` made for this writer's dtype, perhaps in another process."""
+        self._min_id, self._max_id = min(self._min_id, documents.min_id), max(self._max_id, documents.max_id)
+        self._pending.append((documents.ids, documents.lengths))
+        self.pending_bytes += len(documents.ids) + len(documents.lengths)
+        self._documents += len(documents.lengths) // 4
+        self._tokens += len(documents.ids) // self._dtype.itemsize
         if self.pending_bytes > PENDING_BYTES:
             self.flush()
 
     def flush(self, *, sync: bool = False) -> None:
         """Append what was held back to the *.part files."""
+        if not self._pending and not sync:
+            return
         for at, suffix in enumerate((".bin", ".lengths")):
-            with _write_errors(self._prefix), _part(_with(self._prefix, suffix)).open("ab") as file:
+            with write_errors(self._prefix), _part(_with(self._prefix, suffix)).open("ab") as file:
                 for pieces in self._pending:
                     file.write(pieces[at])
                     if at == 0:
@@ -318,7 +340,7 @@ class IndexedWriter:
             )
         self.flush(sync=True)
         idx, bin_ = _with(prefix, ".idx"), _with(prefix, ".bin")
-        with _write_errors(prefix):
+        with write_errors(prefix):
             idx_blocks = write_index(_part(idx), self._dtype.name, self._documents, self._spilled_lengths)
             manifest = Manifest(
                 language=language,
@@ -389,7 +411,8 @@ def write_index(
 
 
 @contextmanager
-def _write_errors(prefix: Path) -> Iterator[None]:
+def write_errors(prefix: Path) -> Iterator[None]:
+    """What a disk or a folder can refuse while tokens are written, as a DataError."""
     try:
         yield
     except OSError as error:

@@ -10,16 +10,17 @@ files, by name) and are streamed. Every damage ends in a DataError that names fi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xlmega.errors import DataError
 from xlmega.text.records import CHUNK_BYTES, SUFFIXES, has_surrogate, kind, read_records, write_records
 
 __all__ = [
-    "CHUNK_BYTES", "SUFFIXES", "Document", "corpus_files", "read_corpus", "read_documents", "read_records",
-    "sibling_splits", "write_documents", "write_records",
+    "CHUNK_BYTES", "SUFFIXES", "Document", "corpus_files", "parse_document", "read_corpus", "read_documents",
+    "read_records", "sibling_splits", "write_documents", "write_records",
 ]  # fmt: skip
 LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -76,38 +77,43 @@ def read_corpus(split: Path) -> Iterator[Document]:
 
 def read_documents(file: Path) -> Iterator[Document]:
     """Every document of one file, streamed."""
-    folder = file.parent.name
     for number, record in read_records(file):
-        text, language, key = record.get("text"), record.get("lang"), record.get("id")
-        if not isinstance(text, str):
-            what = "no 'text'" if "text" not in record else f"a 'text' that is {kind(text)}, not a string"
-            raise DataError(f"{file}:{number}: a document with {what}. Each line needs {{'text': '...'}}.")
-        if language is None:
-            if folder.isdecimal():
-                raise DataError(
-                    f"{file}:{number}: a document without 'lang', and its folder '{folder}' is a shard number. "
-                    "Give each line a 'lang', or move the file to a folder named after its language."
-                )
-            language = folder
-        if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
+        yield parse_document(file, number, record)
+
+
+def parse_document(file: Path, number: int, record: Mapping[str, Any]) -> Document:
+    """The document that a line of a file is; a DataError that says what is wrong with it."""
+    folder = file.parent.name
+    text, language, key = record.get("text"), record.get("lang"), record.get("id")
+    if not isinstance(text, str):
+        what = "no 'text'" if "text" not in record else f"a 'text' that is {kind(text)}, not a string"
+        raise DataError(f"{file}:{number}: a document with {what}. Each line needs {{'text': '...'}}.")
+    if language is None:
+        if folder.isdecimal():
             raise DataError(
-                f"{file}:{number}: {language!r} cannot be a language code. It names files, so it is made of letters, "
-                "digits, '_', '-' and '.', begins with a letter or digit and has at most 64 characters."
+                f"{file}:{number}: a document without 'lang', and its folder '{folder}' is a shard number. "
+                "Give each line a 'lang', or move the file to a folder named after its language."
             )
-        if has_surrogate(text):
-            raise DataError(
-                f"{file}:{number}: the text holds half of a surrogate pair, which is no character. "
-                "Write it again with whole characters, for example text.encode('utf-8', 'replace').decode()."
-            )
-        if not folder.isdecimal() and language != folder:
-            raise DataError(
-                f"{file}:{number}: a document with lang '{language}' in the folder '{folder}'. Correct the 'lang' or "
-                "move the document; documents of several languages go into numbered folders, such as 00000."
-            )
-        key = f"{folder}/{file.name}:{number}" if key is None else str(key)
-        if has_surrogate(key):
-            raise DataError(f"{file}:{number}: the id {key!r} holds half of a surrogate pair, which is no character.")
-        yield Document(text, language, key)
+        language = folder
+    if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
+        raise DataError(
+            f"{file}:{number}: {language!r} cannot be a language code. It names files, so it is made of letters, "
+            "digits, '_', '-' and '.', begins with a letter or digit and has at most 64 characters."
+        )
+    if has_surrogate(text):
+        raise DataError(
+            f"{file}:{number}: the text holds half of a surrogate pair, which is no character. "
+            "Write it again with whole characters, for example text.encode('utf-8', 'replace').decode()."
+        )
+    if not folder.isdecimal() and language != folder:
+        raise DataError(
+            f"{file}:{number}: a document with lang '{language}' in the folder '{folder}'. Correct the 'lang' or "
+            "move the document; documents of several languages go into numbered folders, such as 00000."
+        )
+    key = f"{folder}/{file.name}:{number}" if key is None else str(key)
+    if has_surrogate(key):
+        raise DataError(f"{file}:{number}: the id {key!r} holds half of a surrogate pair, which is no character.")
+    return Document(text, language, key)
 
 
 def write_documents(file: Path, documents: Iterable[Document]) -> int:

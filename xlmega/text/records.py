@@ -12,8 +12,9 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,16 +70,11 @@ def count_lines(file: Path) -> int:
 def read_lines(file: Path) -> Iterator[bytes]:
     """The lines of a file without their '\\n'; damage in the compression becomes a DataError at the line it hit."""
     number, pieces = 1, []  # the line being gathered; pieces, so that a huge line costs linear time
-    chunks = _chunks(file)
-    while True:
-        try:
-            chunk = next(chunks, b"")
-        except (EOFError, zlib.error, ValueError, gzip.BadGzipFile) as error:
-            raise _damaged(file, number, error) from None
-        except OSError as error:
-            raise DataError(f"cannot read '{file}': {error.strerror or error}.") from None
-        if not chunk:
-            break
+
+    def line() -> int:
+        return number
+
+    for chunk, _ in _whole_chunks(file, line):
         first, *rest = chunk.split(b"\n")
         pieces.append(first)
         if rest:
@@ -88,6 +84,60 @@ def read_lines(file: Path) -> Iterator[bytes]:
             number += len(rest)
     if last := b"".join(pieces):
         yield last
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a file as they stand there."""
+
+    file: Path
+    first: int
+    """The number of its first line, from 1."""
+    data: bytes
+    offset: int
+    """Where the block ends in the file's content."""
+    file_bytes: int
+    """How much of the file itself, which may be compressed, was read for it."""
+
+
+def read_blocks(file: Path, size: int, *, first: int = 1, offset: int = 0) -> Iterator[Block]:
+    """The content of a file in blocks of about `size` bytes, or one longer line; from `offset`, where line `first`
+    begins, on."""
+    number, held, passed = first, bytearray(), 0
+
+    def line() -> int:
+        return number + held.count(b"\n")
+
+    at = offset
+    for chunk, position in _whole_chunks(file, line):
+        if passed < offset:  # compressed files cannot be entered in the middle
+            skipped = min(len(chunk), offset - passed)
+            passed += skipped
+            chunk = chunk[skipped:]
+        held += chunk
+        if len(held) >= size and (cut := held.rfind(b"\n", len(held) - len(chunk)) + 1):
+            data = bytes(held[:cut])
+            del held[:cut]
+            at += len(data)
+            yield Block(file, number, data, at, position)
+            number += data.count(b"\n")
+    if held:
+        yield Block(file, number, bytes(held), at + len(held), file.stat().st_size)
+
+
+def _whole_chunks(file: Path, line: Callable[[], int]) -> Iterator[tuple[bytes, int]]:
+    """(content, bytes of the file read so far); damage becomes a DataError at the line that `line()` then says."""
+    chunks = _chunks(file)
+    while True:
+        try:
+            found = next(chunks, None)
+        except (EOFError, zlib.error, ValueError, gzip.BadGzipFile) as error:
+            raise _damaged(file, line(), error) from None
+        except OSError as error:
+            raise DataError(f"cannot read '{file}': {error.strerror or error}.") from None
+        if found is None:
+            return
+        yield found
 
 
 class RecordWriter:
@@ -196,14 +246,15 @@ def zstandard() -> Any:
     return zstandard
 
 
-def _chunks(file: Path) -> Iterator[bytes]:
+def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
     with file.open("rb") as raw:
         if file.suffix == ".zst":
-            yield from _zst_chunks(raw)
+            for chunk in _zst_chunks(raw):
+                yield chunk, raw.tell()
             return
         stream: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw
         while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
+            yield chunk, raw.tell()
 
 
 def _zst_chunks(raw: IO[bytes]) -> Iterator[bytes]:
