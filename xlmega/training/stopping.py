@@ -39,6 +39,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        if self._stop_file is not None:
+            self._stop_file.unlink(missing_ok=True)  # meant for a run that has ended since
         for number in _ASKED_BY:
             self._before[number] = signal.signal(number, self._note)
         return self
