@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +36,10 @@ class Batch:
     """[M, b]: index into the `languages` of what served the batch."""
     slots: NDArray[np.int64]
     """[M, b]: slot of the run, or place in the validation set; -1 for a window of padding."""
-    windows: NDArray[np.int64] | None = None
+    windows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """[M, b]: which window of its language each is; -1 for padding."""
+    served: int = 0
+    """Sum of the plan's hashes of these windows, for the record."""
     documents: NDArray[np.int32] | None = None
     """[M, b, S]: which document of its window each input belongs to, where attention is kept within documents."""
 
@@ -77,7 +79,10 @@ class Batches:
         count = num_micro_batches(self.plan.batch.at(step), micro_batch_windows, dp_size)
         slots = self.plan.first_slot(step) + _slots(count, micro_batch_windows, dp_rank, dp_size)
         languages, windows = self.plan.slots(slots.ravel())
-        return self._reader.read(slots, languages, windows)
+        batch = self._reader.read(slots, languages, windows)
+        # Of what was read, not of what should have been: an audit compares it with the plan.
+        hashes = self.plan.hashes(batch.slots.ravel(), batch.languages.ravel(), batch.windows.ravel())
+        return replace(batch, served=int(hashes.sum()))
 
 
 def num_micro_batches(batch_windows: int, micro_batch_windows: int, dp_size: int) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlmega.data.blend import SHARE_BITS, Blend
+from xlmega.data.windows import served_hash, stream_key
 from xlmega.errors import CheckpointError, XlmegaError
 from xlmega.schedules import Stages
 
@@ -123,6 +124,19 @@ class Plan:
         first, blend, places = self._blends[bisect_right(self._first_slots.tolist(), slot) - 1]
         language, window = blend.at(slot - first)
         return int(places[language]), window
+
+    @cached_property
+    def _names(self) -> NDArray[np.uint64]:
+        return np.array([stream_key(0, name) for name in self.languages], dtype=np.uint64)
+
+    def hashes(
+        self, slots: NDArray[np.int64], languages: NDArray[np.int32], windows: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """[n]: a 32-bit hash of each window as it was served. Their sum over a step is what metrics.jsonl records.
+
+        A sum, so that ranks add theirs up in any order; below 2^53, so that it is exact in a double.
+        """
+        return served_hash(self._names[languages], slots, windows).astype(np.int64)
 
     # ---------------------------------------------------------------- counts
 

@@ -84,6 +84,11 @@ def epoch_key(key: Any, epoch: Any) -> Any:
     return _mix((key + (epoch + 1) * _GOLDEN) & _MASK)
 
 
+def served_hash(keys: NDArray[np.uint64], slots: NDArray[np.int64], windows: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """[n]: 32 bits that tell one (language, slot, window) from another; `keys` [n] are the languages' of seed 0."""
+    return _mix(_mix(keys ^ slots.astype(np.uint64)) ^ windows.astype(np.uint64)) >> np.uint64(32)  # type: ignore[no-any-return]
+
+
 @overload
 def permute(index: int, size: int, key: int) -> int: ...
 @overload

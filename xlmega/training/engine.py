@@ -90,7 +90,7 @@ class Report:
     targets: tuple[float, ...]
     """Number of predicted tokens (sum of weights), per language."""
     extra: tuple[float, ...] = ()
-    """What the caller gave as `extra`, summed over data-parallel ranks."""
+    """What the caller gave as `extra`, summed over data-parallel ranks; in training, first `Batch.served`."""
     wishes: int = 0
     """How many ranks wished to stop; the same on every rank."""
 
@@ -177,7 +177,9 @@ class Engine:
         dist.all_reduce(targets, group=parallel_state.get_data_parallel_group())
         # Gradients are averaged over data-parallel ranks, and the loss is a mean over all of them.
         unit = self.layout.dp / max(targets.item(), 1.0)
-        report = self._pass(batch, unit, train=True, wish=wish)
+        served = np.zeros(max(1, len(self._languages)))
+        served[0] = batch.served
+        report = self._pass(batch, unit, train=True, extra=served, wish=wish)
         if not math.isfinite(report.loss):
             raise NumericsError(
                 f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed."

@@ -149,6 +149,7 @@ def _record(
         "learning_rate": rate,
         "gradient_norm": norm,
         "tokens": run.tokens(done),
+        "served": int(report.extra[0]),
         "tokens_per_second": sum(report.targets) / seconds,
         "seconds": seconds,
     }
