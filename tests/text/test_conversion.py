@@ -177,6 +177,9 @@ def test_too_little_text_is_refused_with_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there are 1\.000 MB of text, but 1\.100 were.*at most 0\.909 megabytes"):
         take_megabytes(str(tmp_path / "in"), tmp_path / "out", ["de"], megabytes=1)
     assert not (tmp_path / "out").exists()
+    write_records(tmp_path / "blank" / "de" / "a.jsonl", [{"text": " "}])
+    with pytest.raises(DataError, match=r"there are 0\.000 MB of text"):
+        take_megabytes(str(tmp_path / "blank"), tmp_path / "out", ["de"], megabytes=1e-9, valid_percent=0)
     for megabytes, percent in ((float("nan"), 10), (0, 10), (-1, 10), (1, 101), (1, float("nan")), (float("inf"), 1)):
         with pytest.raises(ConfigError, match=r"megabytes must be above 0 and valid_percent in \[0, 100\]"):
             take_megabytes("x", tmp_path / "out", ["de"], megabytes=megabytes, valid_percent=percent)

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlmega.text.punctuation import normaliser
@@ -40,6 +40,7 @@ def test_each_language_its_own(language: str, text: str, expected: str) -> None:
 MARKS = st.text(alphabet="ab1 ,.;:!?%()[]\"'`“”«»—–…’\u00a0！，/\n", max_size=30)
 
 
+@settings(deadline=None)
 @given(st.one_of(MARKS, st.text()), st.sampled_from(["en", "cs", "fr", "zh"]))
 def test_twice_is_once_and_no_line_ends_remain(text: str, language: str) -> None:
     once = normaliser(language)(text)

@@ -90,7 +90,7 @@ def take_megabytes(
     with workshop(output, "oscar", settings, inputs, overwrite=overwrite, say=say) as shop:
         for language, sources in found.items():
             files = {"train": f"train/{language}/00000.jsonl.gz"}
-            due = {"train": int(megabytes * MEGABYTE)}
+            due = {"train": max(1, int(megabytes * MEGABYTE))}
             if valid_percent:
                 files["valid"] = f"valid/{language}/00000.jsonl.gz"
                 due["valid"] = max(1, int(megabytes * MEGABYTE * valid_percent / 100))

@@ -20,7 +20,7 @@ from typing import Any
 
 from xlmega.errors import ConfigError, DataError
 from xlmega.text.records import has_surrogate, kind, parse_record, read_lines, read_records
-from xlmega.text.sources import JSON, SPLITS, check_language
+from xlmega.text.sources import JSON, SPLITS, check_language, walk
 from xlmega.text.stages import Made, Records, Workshop, workshop
 from xlmega.text.tally import Progress, Statistics
 
@@ -92,12 +92,12 @@ def _find(source: Path, wanted: Sequence[str]) -> dict[str, dict[str, tuple[Path
     if not source.is_dir():
         raise DataError(f"there is no folder '{source}'.")
     found: dict[str, dict[str, list[Path]]] = {"train": {}, "valid": {}}
-    for file in sorted(source.rglob("*")):
+    for file in walk(source):
         parts = file.relative_to(source).parts
         published = PUBLISHED.fullmatch(file.name)
-        if published and file.is_file():
+        if published:
             split, language = "valid" if published["valid"] else "train", published["lang"]
-        elif len(parts) == 3 and SPLITS.get(parts[0]) in found and JSON.search(file.name) and file.is_file():
+        elif len(parts) == 3 and SPLITS.get(parts[0]) in found and JSON.search(file.name):
             split, language = SPLITS[parts[0]], parts[1]
         else:
             continue

@@ -9,6 +9,7 @@ that is one document is held whole.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,10 +106,8 @@ def find_sources(
     folders = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
     has_splits = bool(folders) and folders <= SPLITS.keys()
     sources, others = [], 0
-    for file in sorted(path.rglob("*")):
+    for file in walk(path):
         parts = file.relative_to(path).parts
-        if file.is_dir() or any(part.startswith(".") for part in parts):
-            continue
         if not _is_text(file) or (has_splits and len(parts) < 2):
             others += 1
             continue
@@ -125,6 +124,28 @@ def find_sources(
     if not sources:
         raise DataError(f"'{path}' holds no .jsonl, .json, .txt (also .gz, .zst) or .parquet file{_of(language)}.")
     return sources
+
+
+def walk(folder: Path) -> list[Path]:
+    """Every file below a folder, by name; links to folders are followed, hidden files and folders are not."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def size_of(file: Path) -> int:
+    """The bytes of a file; a DataError when it has gone or leads nowhere."""
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read '{file}': {error.strerror}.") from None
 
 
 def _of(language: str | None) -> str:
@@ -146,7 +167,7 @@ def _file_source(file: Path, name: str, split: str, language: str | None, readin
         read = partial(_rows, partial(hub.parquet_rows, file, columns), name, reading.text_key)
     else:
         read = partial(_rows, partial(read_records, file), str(file), reading.text_key, name)
-    return Source(name, split, language, file, file.stat().st_size, read)
+    return Source(name, split, language, file, size_of(file), read)
 
 
 def _saved_source(folder: Path, split: str, files: list[Path], language: str | None, reading: Reading) -> Source:
