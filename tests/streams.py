@@ -36,6 +36,7 @@ def in_memory(
         num_documents=len(lengths),
         document_lengths=lengths,
         document_span=lambda index: (int(starts[index]), int(starts[index + 1])),
+        document_starts_within=lambda start, end: starts[:-1][(starts[:-1] >= start) & (starts[:-1] < end)],
         manifest=SimpleNamespace(vocabulary_size=VOCABULARY, vocabulary_hash=vocabulary, eod_id=EOD),
         path=Path(path),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -85,7 +86,7 @@ def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) ->
     if not isinstance(table, Mapping):
         found.append(f"{what}: '{path.rstrip('.')}' is a table of keys, but {table!r} was given.")
         return _BAD
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key in table:
         if key not in names:
@@ -107,6 +108,12 @@ def _dataclass(cls: type, table: Any, path: str, found: list[str], what: str) ->
     if check is not None:  # rules between the fields of a table whose values are all of their types
         found.extend(f"{what}: {path}{line}" for line in check())
     return result
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass; evaluated once, for a corpus has thousands of manifests."""
+    return typing.get_type_hints(cls)
 
 
 def _value(hint: Any, value: Any, path: str, found: list[str], what: str) -> Any:

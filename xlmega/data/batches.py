@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from xlmega.data.documents import document_numbers
 from xlmega.data.languages import Language
 from xlmega.data.plan import Plan
+from xlmega.data.windows import Windows
 from xlmega.errors import DataError, LayoutError
 from xlmega.text.remapping import IdSpace
 
@@ -77,7 +78,7 @@ class Batches:
         assert step >= 0, step
         micro_batch_windows, dp_rank, dp_size = self._place
         count = num_micro_batches(self.plan.batch.at(step), micro_batch_windows, dp_size)
-        slots = self.plan.first_slot(step) + _slots(count, micro_batch_windows, dp_rank, dp_size)
+        slots = self.plan.first_slot(step) + slots_of_rank(count, micro_batch_windows, dp_rank, dp_size)
         languages, windows = self.plan.slots(slots.ravel())
         batch = self._reader.read(slots, languages, windows)
         # Of what was read, not of what should have been: an audit compares it with the plan.
@@ -125,7 +126,7 @@ class ValidationBatches:
         self._reader = _Reader([languages[name] for name in self.languages], reading)
         self._ends = np.cumsum([languages[name].windows.count for name in self.languages])
         self._a_batch = micro_batches * micro_batch_windows * dp_size
-        self._first_slots = _slots(micro_batches, micro_batch_windows, dp_rank, dp_size)
+        self._first_slots = slots_of_rank(micro_batches, micro_batch_windows, dp_rank, dp_size)
 
     def __len__(self) -> int:
         return int(-(-self._ends[-1] // self._a_batch))
@@ -167,39 +168,43 @@ def validation_batches(
     }
 
 
-class ServesSteps(Protocol):
+T = TypeVar("T")
+Served = TypeVar("Served", covariant=True)
+
+
+class ServesSteps(Protocol[Served]):
     """Anything with a pure `at(step)`."""
 
-    def at(self, step: int) -> Batch: ...
+    def at(self, step: int) -> Served: ...
 
 
-class _Now(Future[Batch]):
+class _Now(Future[T]):
     """What a thread would have read, read by whoever asks for it."""
 
-    def __init__(self, batches: ServesSteps, step: int) -> None:
+    def __init__(self, batches: ServesSteps[T], step: int) -> None:
         super().__init__()
         self._batches, self._step = batches, step
 
-    def result(self, timeout: float | None = None) -> Batch:
+    def result(self, timeout: float | None = None) -> T:
         return self._batches.at(self._step)
 
 
-class Prefetched:
+class Prefetched(Generic[T]):
     """The same batches, read ahead by a thread: at most `ahead` steps are kept.
 
     A step that was not foreseen is read when it is asked for; an error is raised to whoever asks for its step, and to
     nobody else. One caller at a time; `close` when done.
     """
 
-    def __init__(self, batches: ServesSteps, start_step: int, *, ahead: int = 2) -> None:
+    def __init__(self, batches: ServesSteps[T], start_step: int, *, ahead: int = 2) -> None:
         assert ahead >= 1, ahead
         self._batches = batches
         self._ahead = ahead
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xlmega-batches")
-        self._pending: dict[int, Future[Batch]] = {}
+        self._pending: dict[int, Future[T]] = {}
         self._expect(start_step)
 
-    def at(self, step: int) -> Batch:
+    def at(self, step: int) -> T:
         """The batch of `step`; the steps after it are then read in the background."""
         if step not in self._pending:
             self._expect(step)
@@ -219,7 +224,7 @@ class Prefetched:
             if coming not in self._pending:
                 self._pending[coming] = self._submit(coming)
 
-    def _submit(self, step: int) -> Future[Batch]:
+    def _submit(self, step: int) -> Future[T]:
         try:
             return self._reader.submit(self._batches.at, step)
         except RuntimeError:  # no thread can be started: out of threads, or the interpreter is ending
@@ -230,7 +235,7 @@ class Prefetched:
             self._pending.pop(step).cancel()
 
 
-def _slots(micro_batches: int, micro_batch_windows: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
+def slots_of_rank(micro_batches: int, micro_batch_windows: int, dp_rank: int, dp_size: int) -> NDArray[np.int64]:
     """[M, b]: this rank's slots in the first step. A micro-batch of all ranks is consecutive, rank after rank."""
     micro = np.arange(micro_batches, dtype=np.int64)[:, None] * (dp_size * micro_batch_windows)
     return micro + dp_rank * micro_batch_windows + np.arange(micro_batch_windows, dtype=np.int64)
@@ -246,7 +251,6 @@ class _Reader:
         self._length = opened[0].windows.sequence_length
         manifests = [one.windows.tokens.manifest if one else None for one in languages]
         self._limits = np.array([one.vocabulary_size if one else 0 for one in manifests], dtype=np.int64)
-        self._ends = np.array([one.eod_id if one else -1 for one in manifests], dtype=np.int64)
         self._numberings = np.array([one.numbering if one else 0 for one in languages], dtype=np.int64)
 
     def read(self, slots: NDArray[np.int64], languages: NDArray[np.int32], windows: NDArray[np.int64]) -> Batch:
@@ -265,7 +269,8 @@ class _Reader:
         self._check_ids(tokens, languages, windows)
         documents = None
         if self._reading.by_documents:
-            documents = document_numbers(tokens[:, :-1] == self._ends[languages, None]).reshape(*shape, length)
+            documents = document_numbers(length, self._document_starts(present, languages, windows))
+            documents = documents.reshape(*shape, length)
         numberings = self._numberings[languages]
         for numbering in np.unique(numberings[numberings > 0]):
             rows = present & (numberings == numbering)
@@ -281,6 +286,16 @@ class _Reader:
             windows=np.where(present, windows, -1).reshape(shape),
             documents=documents,
         )
+
+    def _document_starts(
+        self, present: NDArray[np.bool_], languages: NDArray[np.int32], windows: NDArray[np.int64]
+    ) -> list[NDArray[np.int64]]:
+        found = [np.empty(0, dtype=np.int64)] * len(present)
+        for row in np.flatnonzero(present).tolist():
+            language = self._languages[languages[row]]
+            if language is not None and isinstance(language.windows, Windows):
+                found[row] = language.windows.document_starts(int(windows[row]))
+        return found
 
     def _check_ids(self, tokens: NDArray[np.int64], languages: NDArray[np.int32], windows: NDArray[np.int64]) -> None:
         # An id out of range would end as an illegal memory access on the GPU, far from its cause.

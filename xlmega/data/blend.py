@@ -34,6 +34,9 @@ SHARE_BITS = 30
 
 def quantise(weights: Mapping[str, float]) -> dict[str, int]:
     """Integer weights that sum to 2^SHARE_BITS, by largest remainder, none below 1; exact on every machine."""
+    whole = all(type(weight) is int and weight >= 1 for weight in weights.values())
+    if whole and sum(weights.values()) == 1 << SHARE_BITS:
+        return {name: int(weight) for name, weight in weights.items()}
     total = sum(map(Fraction, weights.values()))
     exact = {name: Fraction(weight) / total * (1 << SHARE_BITS) for name, weight in weights.items()}
     result = {name: max(1, math.floor(value)) for name, value in exact.items()}

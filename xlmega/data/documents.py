@@ -14,6 +14,7 @@ documents.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,10 @@ def document_windows(tokens: IndexedTokens, sequence_length: int, *, split: bool
     return DocumentWindows(tokens, sequence_length, 0, windows.total, blocks)
 
 
-def document_numbers(is_end: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """[..., S]: which document of its window each id belongs to: 0, 1, ...; `is_end` [..., S] marks last ids.
-
-    A document's end belongs to it; what follows belongs to the next.
-    """
-    return np.asarray(np.cumsum(is_end, axis=-1, dtype=np.int32) - is_end, dtype=np.int32)
+def document_numbers(length: int, starts: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    """[n, S]: which document of its window each input belongs to, 0, 1, ...; `starts[n]` are the places in window n
+    (from 1) at which another document begins."""
+    begins = np.zeros((len(starts), length), dtype=np.int32)
+    for row, places in enumerate(starts):
+        begins[row, places] = 1
+    return np.cumsum(begins, axis=1, dtype=np.int32)

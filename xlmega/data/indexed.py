@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,11 +95,20 @@ class IndexedTokens:
 
     def document_span(self, index: int) -> tuple[int, int]:
         """Where a document begins and ends in `tokens`, read where it stands: the index is not loaded."""
-        start = int(self._pointers[index]) // self.tokens.itemsize
-        end = start + int(self.document_lengths[index])
-        if not 0 <= start < end <= self.num_tokens:
+        start, last = self._start(index), index == self.num_documents - 1
+        end = self.num_tokens if last else self._start(index + 1)
+        if not 0 <= start < end <= self.num_tokens or end - start != self.document_lengths[index]:
             raise DataError(f"'{self.path}.idx' is damaged: document {index} is no part of the tokens. Tokenise again.")
         return start, end
+
+    def _start(self, index: int) -> int:
+        return int(self._pointers[index]) // self.tokens.itemsize
+
+    def document_starts_within(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """Where documents begin in `tokens` from `start` up to before `end`, by bisection of the mapped index."""
+        first = bisect_left(range(self.num_documents), start, key=self._start)
+        last = bisect_left(range(self.num_documents), end, lo=first, key=self._start)
+        return np.asarray(self._pointers[first:last]) // self.tokens.itemsize
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """The ids of one document, its end-of-document token included."""

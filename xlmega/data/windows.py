@@ -42,6 +42,11 @@ class Windows:
         last = num_windows(self.tokens.num_tokens, self.sequence_length, partial=True)
         assert 0 <= self.first <= self.first + self.count <= last, (self.first, self.count, last)
 
+    def document_starts(self, window: int) -> NDArray[np.int64]:
+        """The places in a window, from 1 to S - 1, at which another document than its first begins."""
+        start = (self.first + window) * self.sequence_length
+        return self.tokens.document_starts_within(start + 1, start + self.sequence_length) - start
+
     @property
     def total(self) -> int:
         """Whole windows of the file."""

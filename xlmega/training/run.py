@@ -147,6 +147,8 @@ def resolve(
     if not recipe.data.root:
         raise ConfigError("the recipe has no data: give --set data.root=FOLDER, as tools/tokenize_corpus.py writes it.")
     check_pair(runtime, layout)
+    if recipe.data.reset_attention:
+        raise ConfigError("data.reset_attention is read into batches, but no model masks by it yet. Leave it out.")
     corpora = open_roots(recipe.data)
     vocabularies = tuple(map(_vocabulary_of, roots_of(recipe.data), corpora))
     ids = id_space(recipe.data, vocabularies)
