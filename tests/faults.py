@@ -20,6 +20,10 @@ class FaultyOs:
         self._at, self._fault, self._times = at, fault, times
         self._lock = threading.Lock()
 
+    def arm(self, after: int) -> None:
+        """Strike at operation number `after`, counted from now on."""
+        self._at = len(self.log) + after
+
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
         if name not in OPERATIONS:

@@ -1,18 +1,22 @@
 """Worlds of gloo ranks for tests: a function of a test module runs in n processes, and what each returned comes back.
 
-Starting a rank costs seconds of imports, so a test starts one world and does all its work in it: the function gets a
-`World`, which can form smaller groups of its first ranks as often as it likes.
+Starting a rank costs seconds of imports, so one process imports what the test module does and the ranks are forks of
+it; and a test starts one world and does all its work in it: the function gets its rank, and can form smaller groups of
+the world's first ranks as often as it likes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,34 +30,23 @@ def run(num_ranks: int, function: Callable[..., Any], *arguments: Any, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "call.json").write_text(json.dumps({"function": name, "arguments": arguments}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    logs = [(folder / f"rank{rank}.log").open("wb") for rank in range(num_ranks)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "worlds.py"), str(folder), str(rank)],
-            env=environment,
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(num_ranks)
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        while any(one.poll() is None for one in ranks):
-            failed = [rank for rank, one in enumerate(ranks) if one.poll() not in (None, 0)]
-            if failed or time.monotonic() > deadline:
-                rank = failed[0] if failed else 0
-                log = (folder / f"rank{rank}.log").read_text(errors="replace")[-6000:]
-                raise AssertionError(f"rank {rank} {'failed' if failed else 'is not done in time'}:\n{log}")
-            time.sleep(0.05)
-    finally:
-        for one in ranks:
-            if one.poll() is None:
-                one.kill()
-            one.wait()
-        for log_file in logs:
-            log_file.close()
-    failed = [rank for rank, one in enumerate(ranks) if one.returncode]
-    assert not failed, (folder / f"rank{failed[0]}.log").read_text(errors="replace")[-6000:]
+    command = [sys.executable, str(TESTS / "worlds.py"), str(folder), str(num_ranks)]
+    with (folder / "world.log").open("wb") as log:
+        world = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = world.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(world.pid, signal.SIGKILL)  # the world and every rank of it
+            world.wait()
+    if code != 0:
+        failed = [rank for rank in range(num_ranks) if (folder / f"rank{rank}.failed").exists()]
+        logs = [folder / (f"rank{failed[0]}.log" if failed else "rank0.log"), folder / "world.log"]
+        words = next((text for log in logs if log.exists() and (text := log.read_text(errors="replace"))), "")
+        state = f"rank {failed[0]} failed" if failed else "not done in time" if code is None else "no rank could start"
+        raise AssertionError(f"{state}:\n{words[-6000:]}")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -91,13 +84,42 @@ def forget_groups() -> None:
 
 
 def _main() -> None:
-    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    folder, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
     call = json.loads((folder / "call.json").read_text())
     path, name = call["function"].split(":")
     sys.path[:0] = [str(TESTS), str((TESTS / path).parent)]
     function = getattr(importlib.import_module(Path(path).stem), name)
-    result = function(rank, folder, *call["arguments"])
-    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    if "xlmega.training.engine" in sys.modules:
+        importlib.import_module("deepspeed")
+    ranks = {}
+    for rank in range(num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            _be(rank, folder, function, call["arguments"])
+        ranks[pid] = rank
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status:
+            (folder / f"rank{rank}.failed").write_text(str(status))
+            sys.exit(1)  # whoever started the world ends the other ranks
+
+
+def _be(rank: int, folder: Path, function: Callable[..., Any], arguments: list[Any]) -> None:
+    code = 1
+    try:
+        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        result = function(rank, folder, *arguments)
+        (folder / f"rank{rank}.json").write_text(json.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

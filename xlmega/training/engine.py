@@ -142,6 +142,7 @@ class Engine:
         self.is_last_stage = any(stage.post_process for stage in self.stages)
         self._engine = self._initialise(deepspeed, settings)
         self._nll: list[tuple[int, torch.Tensor]] = []
+        self._stepped = False  # whether Adam's state exists everywhere
         config.grad_scale_func = self._scale_loss
         config.finalize_model_grads_func = None
         config.no_sync_func = None
@@ -206,6 +207,7 @@ class Engine:
                 f"a gradient of step {step} is not finite, though its loss is. {self._name(batch, None)} "
                 "No weight changed."
             )
+        self._stepped |= not bad
         return norm, bad
 
     def evaluate(self, batch: Batch, *, num_languages: int, extra: npt.NDArray[np.float64] | None = None) -> Report:
@@ -377,23 +379,17 @@ class Engine:
         self, weights: LogicalSource, moments: Mapping[str, LogicalSource] | None = None, step: int = 0
     ) -> None:
         """Set every weight (and, with `moments`, the optimizer's state after `step` updates) from logical tensors."""
+        if moments is not None:
+            self._allocate_moments()
         for shard, parameter in self.shards:
             full = self._local(shard, weights)
-            if self.runtime.zero_stage == 0:
-                parameter.data.copy_(full)
-                continue
             self._set(parameter, full, "weight")
             self._set_low_precision(parameter, full)
         if moments is None:
             return
-        self._allocate_moments()
         for kind in MOMENTS:
             for shard, parameter in self.shards:
-                full = self._local(shard, moments[kind])
-                if self.runtime.zero_stage == 0:
-                    self._engine.basic_optimizer.state[parameter][kind].copy_(full)
-                else:
-                    self._set(parameter, full, kind)
+                self._set(parameter, self._local(shard, moments[kind]), kind)
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -432,8 +428,10 @@ class Engine:
         return mapping.lp_fragment_address.start, part
 
     def _local(self, shard: Shard, source: LogicalSource) -> torch.Tensor:
-        full = torch.zeros(shard.local_shape, dtype=torch.float32)
-        shard.valid(full).copy_(source.read_slice(shard.name, shard.slices))
+        full = source.read_slice(shard.name, shard.slices)
+        if full.shape != shard.local_shape:  # the vocabulary's padding is zero
+            piece, full = full, torch.zeros(shard.local_shape, dtype=torch.float32)
+            shard.valid(full).copy_(piece)
         return full.to(self.device)
 
     def _set(self, parameter: torch.nn.Parameter, full: torch.Tensor, kind: str) -> None:
@@ -445,7 +443,9 @@ class Engine:
             safe_set_local_optimizer_state,
         )
 
-        if self.runtime.zero_stage == 3:
+        if self.runtime.zero_stage == 0:
+            (parameter.data if kind == "weight" else self._engine.basic_optimizer.state[parameter][kind]).copy_(full)
+        elif self.runtime.zero_stage == 3:
             # Its setters of whole tensors fail where dp does not divide the size (DeepSpeed 0.19.8): cut the part here.
             size = -(-full.numel() // self.layout.dp)
             flat = torch.nn.functional.pad(full.flatten(), (0, size * self.layout.dp - full.numel()))
@@ -461,6 +461,8 @@ class Engine:
 
     def _set_low_precision(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
         """The weights that the forward pass sees; setting the master weights does not reach them."""
+        if self.runtime.zero_stage == 0:
+            return
         if self.runtime.zero_stage < 3:
             parameter.data.copy_(full)
             return
@@ -470,10 +472,17 @@ class Engine:
             parameter.data.copy_(full)
 
     def _allocate_moments(self) -> None:
-        """Have every optimizer state exist: DeepSpeed allocates it in the first step, so take one that changes nothing.
+        """Have every optimizer state exist: DeepSpeed allocates it in the first step, so take one that is undone.
 
-        No target counts, so every gradient is zero, and the learning rate is zero too.
+        The weights are zero in it and no target counts, so every gradient is zero; the learning rate is zero too.
         """
+        if self._stepped:
+            return
+        scaler = self.loss_scaler
+        for shard, parameter in self.shards:
+            zeros = torch.zeros(shard.local_shape, device=self.device)
+            self._set(parameter, zeros, "weight")
+            self._set_low_precision(parameter, zeros)
         windows = (self.layout.pp if self.layout.virtual_stages > 1 else 1, 1)
         length = self.layout.tp if self.layout.sequence_parallel else 1
         nothing = Batch(
@@ -484,3 +493,4 @@ class Engine:
         )
         self.forward_backward(nothing)
         self.apply(0.0)
+        self.loss_scaler = scaler

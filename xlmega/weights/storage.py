@@ -27,6 +27,8 @@ from xlmega.errors import CheckpointError
 from xlmega.weights.directory import safetensors_header
 
 BLOCK_BYTES = 1 << 23
+_HANDED_OVER_BYTES = 1 << 20
+"""From here on it is worth letting another thread hash a block."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -70,13 +72,16 @@ class TensorFile:
             os.close(descriptor)
 
     def _write(self, data: memoryview) -> None:
-        hashed = self._hasher.submit(self._digest.update, data)
+        hashed = self._hasher.submit(self._digest.update, data) if len(data) >= _HANDED_OVER_BYTES else None
         try:
             done = 0
             while done < len(data):
                 done += os.write(self._descriptor, data[done:])
         finally:
-            hashed.result()
+            if hashed:
+                hashed.result()
+            else:
+                self._digest.update(data)
         self.bytes += len(data)
 
 
@@ -170,7 +175,8 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     try:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        buffers = [bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)]
+        size = max(1, min(BLOCK_BYTES, os.fstat(descriptor).st_size))
+        buffers = [bytearray(size), bytearray(size)]
         with ThreadPoolExecutor(1) as hasher:  # one block is hashed while the next is read
             hashed = None
             for buffer in itertools.cycle(buffers):
