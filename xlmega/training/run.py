@@ -32,7 +32,7 @@ from xlmega.data.languages import Language, id_space, open_roots, roots_of, trai
 from xlmega.data.plan import Plan, first_slot
 from xlmega.data.planning import beyond_cap, check_cap, plan_of
 from xlmega.data.windows import MAX_SIZE
-from xlmega.errors import CheckpointError, ConfigError, DataError, nearest
+from xlmega.errors import CheckpointError, ConfigError, DataError, XlmegaError, nearest
 from xlmega.models.config import check_layout
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
@@ -296,7 +296,7 @@ def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool) -> None:
         try:
             stack.enter_context(held(run.output))
             check_output(run, resume=resume)  # again: another run may have come in between
-        except CheckpointError as error:
+        except XlmegaError as error:
             problem = str(error)
     told = words_of_all(problem)[0]
     if told:
