@@ -97,6 +97,12 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         convert(tmp_path / "empty", tmp_path / "out")
+    write(tmp_path / "folders" / "part1" / "a.txt", "x")
+    with pytest.raises(DataError, match=r"file of 'fr': the first folder below it names the language"):
+        convert(tmp_path / "folders", tmp_path / "out", language="fr")
+    (tmp_path / "folders" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"cannot read '.*gone\.txt': No such file"):
+        convert(tmp_path / "folders", tmp_path / "out", language="part1")
     with pytest.raises(DataError, match=r"is none of \.jsonl, \.json"):
         convert(write(tmp_path / "x.pdf", b"%PDF"), tmp_path / "out")
     with pytest.raises(DataError, match="holds no document with text in it"):
@@ -199,3 +205,11 @@ def test_real_text(tmp_path: Path) -> None:
         assert size - last < 0.5 * MEGABYTE <= size
         size, last = sum(len(text.encode()) for text in valid), len(valid[-1].encode())
         assert size - last < 0.05 * MEGABYTE <= size + 1
+
+
+def test_links_to_folders_are_followed_and_not_round_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "a.txt", "x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "fr").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert convert(tmp_path / "in", tmp_path / "out") == [Document("x", "fr", "fr/a.txt:1")]

@@ -62,11 +62,6 @@ def read_text_lines(file: Path) -> Iterator[str]:
         yield text[:-1] if text.endswith("\r") else text
 
 
-def count_lines(file: Path) -> int:
-    """The number of lines that are not blank."""
-    return sum(1 for line in read_lines(file) if line and not line.isspace())
-
-
 def read_lines(file: Path) -> Iterator[bytes]:
     """The lines of a file without their '\\n'; damage in the compression becomes a DataError at the line it hit."""
     number, pieces = 1, []  # the line being gathered; pieces, so that a huge line costs linear time

@@ -122,7 +122,8 @@ def find_sources(
     if others:
         say(f"{others:,} files of '{path}' are of other kinds or languages and are passed over")
     if not sources:
-        raise DataError(f"'{path}' holds no .jsonl, .json, .txt (also .gz, .zst) or .parquet file{_of(language)}.")
+        hint = f" of '{language}': the first folder below it names the language" if language and others else ""
+        raise DataError(f"'{path}' holds no .jsonl, .json, .txt (also .gz, .zst) or .parquet file{hint}.")
     return sources
 
 
@@ -146,10 +147,6 @@ def size_of(file: Path) -> int:
         return file.stat().st_size
     except OSError as error:
         raise DataError(f"cannot read '{file}': {error.strerror}.") from None
-
-
-def _of(language: str | None) -> str:
-    return f" of '{language}'" if language else ""
 
 
 def _is_text(file: Path) -> bool:

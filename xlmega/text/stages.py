@@ -10,19 +10,18 @@ anew; the bytes are those of an undisturbed run. One process at a time builds an
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from xlmega.errors import ConfigError, DataError
+from xlmega.text.locking import locked
 from xlmega.text.records import CHUNK_BYTES, RecordWriter, write_errors
 from xlmega.text.tally import Statistics
 
@@ -211,46 +210,6 @@ def check_apart(output: Path, inputs: Sequence[Path]) -> None:
         if whole == source or whole in source.parents or source in whole.parents:
             where = "is" if whole == source else "holds" if whole in source.parents else "lies in"
             raise ConfigError(f"the output '{output}' {where} the input '{path}'. Choose an output apart from it.")
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold `output` for this process alone; a DataError names the one that has it."""
-    path = output.with_name(f".{output.name}.lock")
-    handle = _lock_handle(path)
-    try:
-        with write_errors(path):
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        # Removed while still held: whoever waits for this very file sees that it is gone and takes a new one.
-        path.unlink(missing_ok=True)
-        handle.close()
-
-
-def _lock_handle(path: Path) -> IO[bytes]:
-    while True:
-        with write_errors(path):
-            handle = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-                return handle
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().decode("utf-8", "replace").strip() or "another process"
-            raise DataError(
-                f"{holder} is writing '{path.name.removeprefix('.').removesuffix('.lock')}' in '{path.parent}'. "
-                "Wait for it, or choose another output."
-            ) from None
-        except FileNotFoundError:  # the last holder has just removed it
-            pass
-        except OSError as error:
-            raise DataError(
-                f"cannot lock '{path}': {error.strerror}. Choose an output on a disk that has locks."
-            ) from None
-        handle.close()
 
 
 def read_side_car(folder: Path, name: str, made_from: str) -> Made | None:

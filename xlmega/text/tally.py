@@ -15,15 +15,15 @@ from typing import Any
 PROGRESS_SECONDS = 5.0
 
 # Characters of the scripts that put no space between words.
-HAN, KANA, SOUTH_EAST = (
-    re.compile(f"[{ranges}]")
-    for ranges in (
-        "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
-        "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f",
-        "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff",
-    )
+SCRIPTS = (
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
+    "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff",
 )
-TIBETAN_STOPS = str.maketrans({"\u0f0b": " ", "\u0f0d": " "})
+HAN, KANA, SOUTH_EAST = (re.compile(f"[{ranges}]+") for ranges in SCRIPTS)
+UNSPACED = re.compile(f"[{''.join(SCRIPTS)}]+")
+TIBETAN_STOP = "\u0f0b"
+TIBETAN_STOPS = str.maketrans({TIBETAN_STOP: " ", "\u0f0d": " "})
 
 
 def count_words(text: str) -> int:
@@ -35,14 +35,14 @@ def count_words(text: str) -> int:
     """
     if text.isascii():
         return len(text.split())
-    text, han = HAN.subn(" ", text)
-    text, kana = KANA.subn(" ", text)
-    text, south_east = SOUTH_EAST.subn(" ", text)
-    words = text.translate(TIBETAN_STOPS).split()
-    if not han + kana + south_east:
-        return len(words)
+    if TIBETAN_STOP in text:
+        text = text.translate(TIBETAN_STOPS)
+    if not UNSPACED.search(text):
+        return len(text.split())
+    han, kana, south_east = (sum(map(len, script.findall(text))) for script in (HAN, KANA, SOUTH_EAST))
     # Punctuation left alone between characters of such a script is no word.
-    return sum(any(map(str.isalnum, word)) for word in words) + -(-(12 * han + 6 * kana + 5 * south_east) // 20)
+    words = sum(any(map(str.isalnum, word)) for word in UNSPACED.sub(" ", text).split())
+    return words + -(-(12 * han + 6 * kana + 5 * south_east) // 20)
 
 
 @dataclass
