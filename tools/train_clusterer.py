@@ -3,6 +3,7 @@
 python tools/train_clusterer.py DATA/train --k 4 --output clusterers/tfidf4
 python tools/train_clusterer.py DATA/train --k 4 --kind random --output clusterers/random4
 python tools/train_clusterer.py --languages "en,es,bg,ru ja,ko,tr,zh" --output clusterers/given2
+python tools/train_clusterer.py --kind typology --languages "en es bg ru ja ko" --k 3 --output clusterers/typology3
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from xlmega.experts.clusterer import (
 )
 from xlmega.experts.clustering import KMeansSettings
 from xlmega.experts.features import FeatureSettings
+from xlmega.experts.pictures import draw_tree
 from xlmega.experts.segmentation import SEGMENTATIONS
+from xlmega.experts.typology import LINKAGES, language_tree
 
 
 def main() -> None:
@@ -30,8 +33,12 @@ def main() -> None:
     parser.add_argument("split", type=Path, nargs="?", help="a folder SHARD-OR-LANGUAGE/*.jsonl[.gz|.zst]")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--k", type=int, help="number of clusters")
-    parser.add_argument("--kind", choices=("text", "random"), default="text")
+    parser.add_argument("--kind", choices=("text", "random", "typology"), default="text")
     parser.add_argument("--languages", metavar="'A,B C,D'", help="clusters by language, instead of from a split")
+    parser.add_argument("--linkage", choices=LINKAGES, default="single", help="distance of two clusters (typology)")
+    parser.add_argument("--feature_set", default="syntax_average", help="of lang2vec (typology)")
+    parser.add_argument("--tree", choices=("pairs", "halves"), default="pairs", help="from below or above (typology)")
+    parser.add_argument("--picture", type=Path, help="draw the tree of the languages there (typology)")
     parser.add_argument("--segmentation", choices=SEGMENTATIONS, default="scripts", help="how text is cut into terms")
     parser.add_argument(
         "--stop_words", default="all", metavar="A,B", help="languages whose commonest words are left out"
@@ -46,7 +53,11 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
     check_free(args.output, overwrite=args.overwrite)
-    clusterer = by_language(args) if args.languages else from_split(args)
+    clusterer: Clusterer
+    if args.kind == "typology":
+        clusterer = by_typology(args)
+    else:
+        clusterer = by_language(args) if args.languages else from_split(args)
     save_clusterer(clusterer, args.output, overwrite=args.overwrite)
     if isinstance(clusterer, TextClusterer):
         for name, value in clusterer.about.items():
@@ -81,6 +92,19 @@ def from_split(args: argparse.Namespace) -> Clusterer:
         sample_documents=args.sample_documents,
         say=lambda line: print(line, flush=True),
     )
+
+
+def by_typology(args: argparse.Namespace) -> Clusterer:
+    codes = (args.languages or "").replace(",", " ").split()
+    if args.k is None or args.split is not None or not codes:
+        raise ConfigError("--kind typology takes --languages 'A B C D' and --k, and no split.")
+    tree = language_tree(codes, feature_set=args.feature_set, linkage=args.linkage, method=args.tree)
+    if args.picture:
+        draw_tree(tree, args.picture)
+    clusters = tree.clusters(args.k)
+    for k, cluster in enumerate(clusters):
+        print(f"  {k}: {' '.join(cluster)}")
+    return LanguageClusterer({code: k for k, cluster in enumerate(clusters) for code in cluster})
 
 
 def by_language(args: argparse.Namespace) -> Clusterer:
