@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from xlmega.errors import ConfigError, DataError
-from xlmega.experts.assignment import assign_clusters, read_clusters
+from xlmega.experts.assignment import assign_clusters, clusters_by_language, read_clusters
 from xlmega.experts.clusterer import (
     LanguageClusterer,
     RandomClusterer,
@@ -59,7 +59,7 @@ def test_sixty_six_documents_make_four_clusters_of_sixteen_or_seventeen(small: P
     table = assign_clusters(small, tmp_path / "clusterer", tmp_path / "out", balanced=True)
     assert sorted(table["splits"]["train"]["sizes"]) == [16, 16, 17, 17]
     first = json.loads((tmp_path / "out/train/b/00000.jsonl").read_text().splitlines()[3])
-    assert first["sp_id"] == "train/b/00000.jsonl.gz|3" and first["cluster"] in range(4)
+    assert first["sp_id"] == "train/b/00000.jsonl.gz|3" and first["cluster"] in range(4) and first["lang"] == "b"
     # With room for few candidates the rest is settled by prices, and sizes are still even.
     few = assign_clusters(small, tmp_path / "clusterer", tmp_path / "few", balanced=True, candidates=20)
     assert sorted(few["splits"]["train"]["sizes"]) == [16, 16, 17, 17]
@@ -67,8 +67,9 @@ def test_sixty_six_documents_make_four_clusters_of_sixteen_or_seventeen(small: P
     chosen = load_clusterer(tmp_path / "clusterer")
     documents = list(read_corpus(small))
     costs = chosen.costs(documents, [""] * 66)
-    found = [read_clusters(tmp_path / "greedy", "train", f"{name}/00000.jsonl.gz") for name in "abc"]
+    found = [read_clusters(tmp_path / "greedy", "train", f"{name}/00000.jsonl.gz")[0] for name in "abc"]
     np.testing.assert_array_equal(np.concatenate(found), np.argmin(costs, axis=1))
+    np.testing.assert_array_equal(clusters_by_language(tmp_path / "greedy", "train")["c"], found[2])
     assert greedy["splits"]["train"]["by_language"]["a"] == np.bincount(found[0], minlength=4).tolist()
 
 

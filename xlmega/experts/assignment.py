@@ -1,12 +1,12 @@
 """A split and a clusterer in, the cluster of every document out: one line a document, in files beside its own.
 
-    OUTPUT/SPLIT/SHARD/FILE.jsonl    {"sp_id": "SPLIT/SHARD/FILE.jsonl.gz|0", "cluster": 3}
+    OUTPUT/SPLIT/SHARD/FILE.jsonl    {"sp_id": "SPLIT/SHARD/FILE.jsonl.gz|0", "cluster": 3, "lang": "fr"}
     OUTPUT/clusters.json             number of clusters, clusterer, sizes by split and language
 
-The format is the published one (METHODS §2.2), but `sp_id` is the path within the data set, so moved data keeps its
-clusters; the number is the document's place in its file, from 0. `greedy` takes the least cost. `balanced` makes the
-sizes of each split differ by at most one at nearly the least total cost: costs of all documents go to disk, prices come
-from a sample, and the documents nearest to a border, of which there are at most CANDIDATES, are divided exactly.
+The format is the published one (METHODS §2.2) with the language added; `sp_id` is the path within the data set, so
+moved data keeps its clusters, and the document's place in its file, from 0. `greedy` takes the least cost. `balanced`
+makes the sizes of each split differ by at most one at nearly the least total cost: costs of all documents go to disk,
+prices come from a sample, and the documents nearest to a border, at most CANDIDATES of them, are divided exactly.
 
 Files are worked on in parallel, each on one thread, and appear whole; `SPLIT.part` becomes `SPLIT` when all are there.
 After an interruption the same command does what is missing. The output does not depend on workers or interruptions.
@@ -108,10 +108,26 @@ def assign_clusters(
     return table
 
 
-def read_clusters(output: Path, split: str, file: str) -> npt.NDArray[np.int64]:
-    """The clusters of a file's documents in order; `file` is 'SHARD/FILE.jsonl[.gz|.zst]'."""
+def clusters_by_language(output: Path, split: str) -> dict[str, npt.NDArray[np.int64]]:
+    """For each language the clusters of its documents, in the order in which a split is read and tokenised."""
+    table = read_json(output / NAME, FORMAT_VERSION)
+    if split not in table.get("splits", {}):
+        known = ", ".join(table.get("splits", {})) or "none"
+        raise DataError(f"'{output}' has no clusters of split '{split}'; it has {known}. Run assign_clusters.py on it.")
+    found: dict[str, list[npt.NDArray[np.int64]]] = {}
+    for file, _ in table["splits"][split]["files"]:
+        clusters, languages = read_clusters(output, split, file)
+        names = np.array(languages, dtype=object)
+        for code in dict.fromkeys(languages):
+            found.setdefault(code, []).append(clusters[names == code])
+    return {code: np.concatenate(parts) for code, parts in sorted(found.items())}
+
+
+def read_clusters(output: Path, split: str, file: str) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """(clusters, languages) of a file's documents in order; `file` is 'SHARD/FILE.jsonl[.gz|.zst]'."""
     path = output / split / _mirrored(file)
-    found = []
+    found: list[int] = []
+    languages: list[str] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -122,9 +138,10 @@ def read_clusters(output: Path, split: str, file: str) -> npt.NDArray[np.int64]:
             if record["sp_id"] != f"{split}/{file}|{number}":
                 raise ValueError(f"sp_id is {record['sp_id']!r}")
             found.append(int(record["cluster"]))
+            languages.append(str(record["lang"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number + 1}: not the cluster of document {number} ({error}).") from None
-    return np.array(found, np.int64)
+    return np.array(found, np.int64), languages
 
 
 def _begun(output: Path, pinned: dict[str, Any], overwrite: bool) -> dict[str, Any]:
@@ -194,13 +211,16 @@ def _assign_split(
         labels = (read_arrays(store, ("labels",))["labels"] for store in stores)
     by_language: dict[str, Counter[int]] = {}
     for file, store, found in zip(files, stores, labels, strict=True):
-        languages = read_arrays(store, ("languages", "names"))
-        for row, code in enumerate(languages["names"]):
-            here = by_language.setdefault(str(code), Counter())
-            here.update(found[languages["languages"] == row].tolist())
+        known = read_arrays(store, ("languages", "names"))
+        rows, codes = known["languages"], known["names"]
+        for row, code in enumerate(codes):
+            by_language.setdefault(str(code), Counter()).update(found[rows == row].tolist())
         write_records(
             part / file.parent.name / _mirrored(file.name),
-            ({"sp_id": key_of(file, line), "cluster": int(k)} for line, k in enumerate(found)),
+            (
+                {"sp_id": key_of(file, line), "cluster": int(k), "lang": str(codes[language])}
+                for line, (k, language) in enumerate(zip(found, rows, strict=True))
+            ),
         )
     num = range(clusterer.num_clusters)
     table = {code: [counts[k] for k in num] for code, counts in sorted(by_language.items())}
