@@ -13,11 +13,11 @@ from sklearn.preprocessing import Normalizer
 from xlmega.errors import DataError
 from xlmega.experts.features import (
     FeatureSettings,
-    PrefixVectors,
     TermCounts,
     TextFeatures,
     fit_features,
     load_features,
+    prefix_vectors,
 )
 from xlmega.experts.segmentation import terms
 from xlmega.text.corpus import read_corpus
@@ -61,11 +61,12 @@ def test_stop_words_and_numbers_are_left_out() -> None:
 def test_a_prefix_is_embedded_as_it_grows(texts: list[str]) -> None:
     features, _ = fitted(texts, num_components=8)
     for text in [*texts[:5], "", "nothing known: zzzz qqqq"]:
-        prefix = PrefixVectors(features)
-        for end in range(0, len(text), 7):
-            prefix.add(text[end : end + 7])
-            np.testing.assert_allclose(prefix.vector, features.vectors([text[: end + 7]])[0], atol=2e-5)
-    assert not features.vectors([""]).any() and not PrefixVectors(features).vector.any()
+        pieces = [text[at : at + 7] for at in range(0, len(text), 7)]
+        found = prefix_vectors(features, pieces)
+        assert found.shape == (len(pieces), 8)
+        for number, vector in enumerate(found, start=1):
+            np.testing.assert_allclose(vector, features.vectors(["".join(pieces[:number])])[0], atol=2e-5)
+    assert not features.vectors([""]).any() and not prefix_vectors(features, ["", ""]).any()
 
 
 def test_saved_and_loaded_without_pickle(texts: list[str], tmp_path: Path) -> None:

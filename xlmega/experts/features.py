@@ -3,7 +3,7 @@
     vector = normalise(sum over the document's terms of count * idf * row of the SVD)
 
 The sum is linear in the counts, so TF-IDF's own L2 norm cancels, a document's vector is one sparse product, and the
-vector of a growing prefix costs one row for each new term (`PrefixVectors`). Smoothed idf, raw counts and the most
+vector of a growing prefix costs one row for each new term (`prefix_vectors`). Smoothed idf, raw counts and the most
 frequent `max_terms` terms are scikit-learn's conventions; ties in frequency go to the term that sorts first.
 Source: METHODS §2.3. Differences: the SVD is seeded and fitted on at most `svd_documents`; words, see `segmentation`.
 
@@ -157,7 +157,7 @@ def normalised(rows: npt.NDArray[Any]) -> Vectors:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Fitted features: `vectors` for documents, `PrefixVectors` for a text that grows."""
+    """Fitted features: `vectors` for documents, `prefix_vectors` for a text that grows."""
 
     settings: FeatureSettings
     vocabulary: list[str]
@@ -214,29 +214,21 @@ def load_features(folder: Path) -> TextFeatures:
     return TextFeatures(settings, vocabulary, idf, components)
 
 
-class PrefixVectors:
-    """The vector of a text that grows: `add` a piece, read `vector`. Equal to `vectors([text])` but for rounding."""
-
-    def __init__(self, features: TextFeatures) -> None:
-        self._features = features
-        self._text = GrowingText(features.settings.segmentation)
-        self._sum = np.zeros(features.dimension, np.float64)
-
-    def add(self, piece: str) -> None:
-        """Append text."""
-        self._sum += self._rows(self._text.add(piece))
-
-    @property
-    def vector(self) -> npt.NDArray[np.float64]:
-        """[components] of the text so far."""
-        total: npt.NDArray[np.float64] = self._sum + self._rows(self._text.open_terms())
-        norm = np.linalg.norm(total)
-        return total / norm if norm > 0 else total
-
-    def _rows(self, found: list[str]) -> Any:
-        index = self._features.index
-        ids = [index[term] for term in found if term in index]
-        return self._features.term_rows[ids].sum(axis=0, dtype=np.float64) if ids else 0.0
+def prefix_vectors(features: TextFeatures, pieces: Sequence[str]) -> Vectors:
+    """[pieces, components]: the vector of the text up to and with each piece; one pass over the text."""
+    growing, index = GrowingText(features.settings.segmentation), features.index
+    settled: list[tuple[int, int]] = []
+    still_open: list[tuple[int, int]] = []
+    for place, piece in enumerate(pieces):
+        settled += [(place, index[term]) for term in growing.add(piece) if term in index]
+        still_open += [(place, index[term]) for term in growing.open_terms() if term in index]
+    rows = features.term_rows
+    total, extra = (np.zeros((len(pieces), features.dimension)) for _ in range(2))
+    for sums, found in ((total, settled), (extra, still_open)):
+        if found:
+            places, ids = np.array(found).T
+            np.add.at(sums, places, rows[ids])
+    return normalised(np.cumsum(total, axis=0) + extra)
 
 
 # -------------------------------------------------------------------- files
