@@ -179,6 +179,14 @@ class Resolved:
         if plan.rounds[0].add or plan.rounds[0].parents:
             raise ConfigError("round 1 has nothing before it: add and parents are for later rounds.")
         self.recipe: Recipe = read_recipe(plan.recipe, [*plan.overrides, f"data.root={plan.data}"])
+        windows = self.recipe.training.batch_windows
+        if not isinstance(windows, int):
+            raise ConfigError(
+                "training.batch_windows changes during this recipe, so experts cannot share it. Give one number, with "
+                'overrides = ["training.batch_windows=64"].'
+            )
+        self.batch_windows: int = windows
+        """Of the dense model."""
         self.corpus: dict[str, IndexedTokens] = open_corpus(Path(plan.data), "train")
         new = [code for one in plan.rounds for code in one.add]
         chosen = self.recipe.data.languages or self.corpus
@@ -194,8 +202,8 @@ class Resolved:
         found: list[Division] = []
         for number, one in enumerate(self.plan.rounds, start=1):
             division = self._division(one, found)
-            if self.plan.share_by == "batch" and self.recipe.training.batch_windows % division.num_clusters:
-                batch, k = self.recipe.training.batch_windows, division.num_clusters
+            if self.plan.share_by == "batch" and self.batch_windows % division.num_clusters:
+                batch, k = self.batch_windows, division.num_clusters
                 raise ConfigError(
                     f"round {number}: training.batch_windows={batch} cannot be shared by {k} experts. Take a multiple, "
                     f'such as {k * max(1, round(batch / k))}, or share_by = "steps".'
@@ -274,7 +282,7 @@ class Resolved:
     @cached_property
     def experts(self) -> list[Expert]:
         """Every run of the plan in an order in which parents come first; the dense one is last."""
-        plan, batch = self.plan, self.recipe.training.batch_windows
+        plan, batch = self.plan, self.batch_windows
         found: list[Expert] = []
         seed = plan.seed_model
         for number, one in enumerate(plan.rounds, start=1):
