@@ -23,8 +23,18 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from reshaping import PRECISIONS, compare, drawn_cases, named, single  # noqa: E402
 
 # From sizes to sizes that do not divide them, and back: 3 to 2, 4 to 6, 6 to 4.
-AWKWARD_SOURCES = [{"dp": 3, "zero": 3}, {"pp": 3, "dp": 2}, {"dp": 4}, {"pp": 4, "virtual": 3}, {"tp": 4}, {"dp": 6}]
-AWKWARD_TARGETS = [{"dp": 2, "zero": 3}, {"dp": 6, "zero": 1}, {"pp": 6}, {"tp": 2, "pp": 3}, {"dp": 4, "zero": 3}]
+AWKWARD: list[tuple[dict[str, int], dict[str, int]]] = [
+    ({"dp": 3, "zero": 3}, {"dp": 2, "zero": 3}),
+    ({"dp": 2, "zero": 3}, {"dp": 3, "zero": 3}),
+    ({"dp": 3, "zero": 1}, {"dp": 2, "zero": 2}),
+    ({"dp": 4}, {"dp": 6}),
+    ({"dp": 6, "zero": 3}, {"dp": 4, "zero": 3}),
+    ({"pp": 3, "dp": 2}, {"pp": 2, "dp": 3}),
+    ({"pp": 4, "virtual": 3}, {"pp": 6}),
+    ({"pp": 6}, {"pp": 4}),
+    ({"tp": 4}, {"tp": 2, "pp": 3}),
+    ({"tp": 2, "pp": 3}, {"tp": 4}),
+]
 
 
 def main() -> None:
@@ -33,8 +43,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12, help="sources, and targets, that are drawn")
     args = parser.parse_args()
     started = time.monotonic()
-    sources = named([*drawn_cases(args.seed, args.count), *AWKWARD_SOURCES])
-    targets = named([*drawn_cases(args.seed + 1, args.count), *AWKWARD_TARGETS, *map(single, PRECISIONS)])
+    drawn = named(drawn_cases(args.seed, args.count))
+    sources = named([*drawn, *(source for source, _ in AWKWARD)])
+    loads = [case["name"] for case in drawn]
+    targets = [{**case, "loads": list(loads)} for case in drawn_cases(args.seed + 1, args.count)]
+    targets = named([*targets, *({**single(precision), "loads": list(loads)} for precision in PRECISIONS)])
+    for source, target in AWKWARD:
+        (name,) = (case["name"] for case in named([source]))
+        (case,) = named([{**target, "loads": []}])
+        known = next((one for one in targets if one["name"] == case["name"]), None)
+        if known is None:
+            targets.append(known := case)
+        if name not in known["loads"]:
+            known["loads"].append(name)
     print("sources:", ", ".join(case["name"] for case in sources), flush=True)
     print("targets:", ", ".join(case["name"] for case in targets), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -49,12 +49,15 @@ def write_sources(rank: int, folder: Path, cases: list[dict[str, Any]]) -> dict[
 
 
 def load_targets(rank: int, folder: Path, cases: list[dict[str, Any]], runs: dict[str, str]) -> dict[str, Any]:
-    """For every target and source: losses and norms of steps 4 to 6; the checkpoints lie in `folder`/TARGET/SOURCE."""
+    """For every target and source: losses and norms of steps 4 to 6; the checkpoints lie in `folder`/TARGET/SOURCE.
+
+    A target loads every source, or those that its `loads` names.
+    """
     figures: dict[str, Any] = {}
     for case in cases:
         if rank < trained.world_size(case):
             with trained.engine_of(case, rank, folder) as engine:
-                for source, run in runs.items():
+                for source, run in ((one, runs[one]) for one in case.get("loads", runs)):
                     restore(engine, Checkpoint(folder_of(Path(run), SAVED_AT)))
                     out = folder / case["name"] / source
                     save(engine, out, SAVED_AT)
@@ -141,7 +144,7 @@ def compare(
     for source in sources:
         run = Path(runs[source["name"]])
         before = whole_hash(run, SAVED_AT)
-        for target in targets:
+        for target in (one for one in targets if source["name"] in one.get("loads", runs)):
             pair, out = f"{source['name']} -> {target['name']}", folder / "targets" / target["name"] / source["name"]
             if whole_hash(out, SAVED_AT) != before:
                 problems.append(f"{pair}: weights or moments are not equal bit for bit after loading")
@@ -164,7 +167,7 @@ def compare(
             if target["precision"] == "fp32" and not (norms < 1e-5 and weights < 1e-5):
                 problems.append(f"{pair}: gradient norms are {norms:.1e}, weights {weights:.1e} apart")
     worst = {kind: (len(found), *map(max, zip(*found, strict=True))) for kind, found in distances.items()}
-    return len(sources) * len(targets), problems, worst
+    return sum(map(len, distances.values())), problems, worst
 
 
 def _farthest(ours: list[list[float]], theirs: list[list[float]], column: int) -> float:
