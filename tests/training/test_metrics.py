@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from xlmega.errors import ConfigError
+from xlmega.errors import CheckpointError, ConfigError
 from xlmega.training import metrics
 from xlmega.training.metrics import Metrics, check_trackers, peak_flops
+from xlmega.training.saving import Outcome
 from xlmega.training.validation import Score, total
 
 pytestmark = pytest.mark.torch
@@ -172,3 +175,55 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, wandb_project="tests", settings={"recipe": {"seed": 1}}) as writer:
         writer.step(1, RECORD)
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+class FullDisk:
+    """The `os` of metrics, whose writes fail while it is full."""
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.write(descriptor, data[:100])  # and a little at a time
+
+
+def test_a_full_disk_loses_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk()
+    monkeypatch.setattr(metrics, "os", disk)
+    with opened(tmp_path) as writer:
+        writer.step(1, RECORD)
+        disk.full = True
+        writer.step(2, RECORD)
+        writer.step(3, RECORD)
+        disk.full = False
+        writer.step(4, RECORD)
+    assert told(tmp_path) == [(1, ""), (2, ""), (3, ""), (4, "")]
+    assert capsys.readouterr().out.count("cannot be written: No space left on device. Its lines are kept") == 1
+    with pytest.raises(CheckpointError, match=r"1 lines of '.*metrics.jsonl' could not be written"):
+        with opened(tmp_path, first_step=4) as writer:
+            disk.full = True
+            writer.step(5, RECORD)
+
+
+def test_saves_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(tmp_path) as writer:
+        writer.step(1, RECORD)
+        writer.saved(Outcome(1, tmp_path / "step-1", "", "", 2.0, 2.0))
+        writer.saved(Outcome(2, tmp_path / "step-2", "", "", 2.0, 0.25))
+        writer.saved(Outcome(3, tmp_path / "step-3", "rank 1: No space left on device"))
+        writer.saved(Outcome(4, tmp_path / "step-4", "", "saved, but afterwards: x"))
+    assert [line for line in lines(tmp_path) if "loss" not in line] == [
+        {"step": 3, "save_failed": "rank 1: No space left on device"},
+        {"step": 4, "save_note": "saved, but afterwards: x"},
+    ]
+    said = capsys.readouterr().out
+    assert f"saved {tmp_path}/step-1 in 2.0 s\n" in said
+    assert "step-2 in 2.0 s, 0.25 s of them in the way of training" in said
+    assert "NOT SAVED: the checkpoint of step 3: rank 1: No space left on device. The ones before it" in said

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import json
 import math
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 import worlds
 
 from xlmega.data.batches import Batch
-from xlmega.models.config import model_config
+from xlmega.models.config import ModelConfig, model_config
 from xlmega.parallel import groups
 from xlmega.parallel.layout import Layout
 from xlmega.training.checkpoint import (
@@ -47,25 +49,32 @@ ALL = Retention()
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
     """A tiny engine of one rank, two steps old."""
-    from xlmega.training.engine import Engine
-    from xlmega.training.optimizer import OptimizerSettings
-    from xlmega.training.runtime import runtime
-
     process = groups.Process(0, 1, 0, "127.0.0.1", worlds.free_port(), "test")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_DEVICE_MAX_CONNECTIONS", "DS_SKIP_CUDA_CHECK"):
             patch.setenv(name, "0")  # so that they are as before afterwards
         patch.setenv("DS_ACCELERATOR", "cpu")
         worlds.forget_groups()
-        with groups.joined(process, Layout()) as device:
-            how = runtime({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}})
-            one = Engine(MODEL, Layout(), how, OptimizerSettings(), device=device, micro_batches=1, languages=("a",))
-            one.write_state(InitialWeights(MODEL, 0, logical_shapes(MODEL)))
+        with groups.joined(process, Layout()):
+            one = build(MODEL)
             for step in range(2):
                 advance(one, step)
             yield one
         worlds.forget_groups()
     gc.collect()
+
+
+def build(model: ModelConfig, **settings: Any) -> Any:
+    """An engine with initial weights, in the groups that the fixture has joined."""
+    from xlmega.training.engine import Engine
+    from xlmega.training.optimizer import OptimizerSettings
+    from xlmega.training.runtime import runtime
+
+    how = runtime({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **settings})
+    cpu = torch.device("cpu")
+    engine = Engine(model, Layout(), how, OptimizerSettings(), device=cpu, micro_batches=1, languages=("a",))
+    engine.write_state(InitialWeights(model, 0, logical_shapes(model)))
+    return engine
 
 
 def advance(engine: Any, step: int) -> float:
@@ -164,6 +173,80 @@ def save_after(engine: Any, saver: Saver) -> dict[tuple[str, str], torch.Tensor]
     outcomes = list(saver.save(5, {}, wait=True))
     assert [(one.step, one.problem) for one in outcomes] == [(4, ""), (5, "")]
     return now
+
+
+def test_the_whole_state_of_fp16_scaling_goes_on(engine: Any, tmp_path: Path) -> None:
+    """Overflows, hysteresis and the window behind the next loss scales, and Adam's own count of steps."""
+    fp16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 2, "hysteresis": 2}}
+    one = build(MODEL, **fp16)
+    advance(one, 0)
+    assert one.optimizer_steps == 0  # it overflowed: there are no moments yet
+    early = save(one, tmp_path / "early", 1)
+    assert not Checkpoint(early).read_kind("exp_avg", "output_layer.weight", (slice(None), slice(None))).any()
+    for step in range(1, 12):
+        advance(one, step)
+    assert 0 < one.optimizer_steps < 12
+    found = Checkpoint(save(one, tmp_path, 12))
+    assert found.optimizer_steps == one.optimizer_steps and set(found.manifest["loss_scaler"]) == set(one.loss_scaler)
+    expected = [(advance(one, step), one.loss_scale) for step in range(12, 20)]
+    assert len({scale for _, scale in expected}) > 1
+    after = state(one)
+    other = build(MODEL, **fp16)
+    for again in (other, one):  # a new engine, and one that has lived
+        restore(again, found)
+        assert again.loss_scaler == found.manifest["loss_scaler"]
+        assert [(advance(again, step), again.loss_scale) for step in range(12, 20)] == expected
+        assert all(torch.equal(value, after[key]) for key, value in state(again).items())
+    restore(engine, found)  # fp32: no scale, the same masters
+    assert engine.loss_scale == 1.0 and equal_to(save(engine, tmp_path / "fp32", 12), state_of(found))
+    restore(one, Checkpoint(early))
+    assert one.optimizer_steps == 0
+    scaler = build(MODEL, **fp16).loss_scaler
+    fresh = build(MODEL, **fp16)
+    restore(fresh, Checkpoint(folder_of(tmp_path / "fp32", 12)))  # from fp32: as at the beginning
+    assert fresh.loss_scaler == scaler
+
+
+def state_of(found: Checkpoint) -> dict[tuple[str, str], torch.Tensor]:
+    everything = {name: tuple(slice(None) for _ in found.shape(name)) for name in found.names()}
+    return {(kind, name): found.read_kind(kind, name, span) for kind in KINDS for name, span in everything.items()}
+
+
+def test_the_sign_of_zero_is_kept(engine: Any, tmp_path: Path) -> None:
+    negative = -torch.zeros(16)
+    (parameter,) = [parameter for shard, parameter in engine.shards if shard.name == "decoder.final_layernorm.bias"]
+    engine._set(parameter, negative, "weight")
+    found = Checkpoint(save(engine, tmp_path, 1))
+    restore(build(MODEL), found)
+    restore(engine, found)
+    assert torch.signbit(Checkpoint(save(engine, tmp_path, 2)).read("decoder.final_layernorm.bias")).all()
+
+
+def test_memory_is_bounded_by_tensors_and_not_by_the_model(engine: Any, tmp_path: Path) -> None:
+    model = model_config(
+        preset="xglm_tiny", num_layers=12, hidden_size=256, ffn_hidden_size=1024, num_heads=4, vocab_size=512
+    )
+    large = build(model)
+    advance(large, 0)
+    written = 3 * 4 * sum(math.prod(shape) for shape in logical_shapes(model).values())
+    assert written > 110e6  # the largest tensor has 1 MB
+    folder = tmp_path / "checkpoints/step-00000001"
+    saved = growth(lambda: save(large, tmp_path, 1))
+    loaded = growth(lambda: restore(large, Checkpoint(folder)))
+    assert saved < 40e6 and loaded < 20e6, (saved, loaded)
+
+
+def growth(action: Any) -> int:
+    """Peak resident bytes above those before."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        pytest.skip("this system does not tell a process's peak memory")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    action()
+    return 1024 * (int(status.read_text().split("VmHWM:")[1].split()[0]) - before)
 
 
 # -------------------------------------------------------------------- disks that fail
