@@ -138,6 +138,7 @@ def test_saving_replaces_what_a_killed_run_left(engine: Any, tmp_path: Path) -> 
     part = tmp_path / "checkpoints/step-00000005.part"
     part.mkdir(parents=True)
     (part / "rank-00009.json").write_text("rubbish")
+    part.with_name("step-00000003.removed.part").mkdir()
     folder = save(engine, tmp_path, 5)
     data = bytearray((folder / "rank-00000.safetensors").read_bytes())
     data[900] ^= 1

@@ -395,6 +395,10 @@ class Engine:
 
     def read_state(self, shard: Shard, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
         """'weight', 'exp_avg' or 'exp_avg_sq' of a shard without padding, fp32 on the CPU; copy it to keep it."""
+        return self.gather_state(shard, parameter, kind).cpu().contiguous()
+
+    def gather_state(self, shard: Shard, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+        """What `read_state` reads, where the engine has it."""
         start, part = self._part(parameter, kind)
         if self.runtime.zero_stage and self.layout.dp > 1:
             # Each value is held by one data-parallel rank. Their bit patterns are summed as integers: the sum of floats
@@ -404,7 +408,7 @@ class Engine:
             bits[start : start + len(part)] = part.to(self.device).view(torch.int32)
             dist.all_reduce(bits, group=parallel_state.get_data_parallel_group())
             part = bits.view(torch.float32)[: math.prod(shard.local_shape)]
-        return shard.valid(part.view(shard.local_shape)).cpu().contiguous()
+        return shard.valid(part.view(shard.local_shape))
 
     def _part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, torch.Tensor]:
         """What this rank holds of a local tensor's state, flat, and where it begins in it."""

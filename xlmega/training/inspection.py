@@ -40,7 +40,7 @@ def checkpoint_lines(run: Path, *, verify: bool = False) -> Iterator[str]:
         yield f"  {folder_of(run, pointed)} was published last and IS GONE"
     parts = sorted(path.name for path in (run / "checkpoints").glob("*.part"))
     if parts:
-        yield f"  unfinished, never read and removed by the next save: {', '.join(parts)}"
+        yield f"  unfinished, never read, and removed when the run goes on: {', '.join(parts)}"
 
 
 def _written_by(folder: Path) -> str:

@@ -81,6 +81,9 @@ class Saver:
             size = sum(math.prod(shape) for shape in _shapes(self._owned).values())
             # Touched now, so that the first save is no slower than the others; pinned where a GPU copies into it.
             self._buffer = torch.zeros(size, pin_memory=engine.device.type == "cuda")
+        if dist.get_rank() == 0:  # what killed runs left
+            for path in (run / "checkpoints").glob("step-*.part"):
+                shutil.rmtree(path, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flight: _Flight | None = None
 
@@ -155,7 +158,7 @@ class Saver:
 
     def _stream(self, part: Path) -> str:
         """Write while reading, one tensor in memory at a time; what is wrong, in words."""
-        pieces = self._pieces()
+        pieces = (value.cpu().contiguous() for value in self._pieces())
         problem = _attempt(functools.partial(_write_rank, part, _shapes(self._owned), lambda: pieces))
         for _ in pieces:  # the other ranks read together with this one, whatever became of its file
             pass
@@ -165,7 +168,7 @@ class Saver:
         """This rank's pieces in their order; reading is collective over the data-parallel group."""
         for kind in KINDS:
             for shard, parameter, mine in self._owned:
-                value = self._engine.read_state(shard, parameter, kind)
+                value = self._engine.gather_state(shard, parameter, kind)
                 if mine:
                     yield value
 
@@ -173,7 +176,10 @@ class Saver:
         pieces, end = [], 0
         for value in self._pieces():
             start, end = end, end + value.numel()
-            pieces.append(buffer[start:end].copy_(value.reshape(-1)))
+            pieces.append(buffer[start:end])
+            pieces[-1].view(value.shape).copy_(value, non_blocking=True)
+        if buffer.is_pinned():
+            torch.cuda.synchronize()
         return pieces
 
     def _manifest(self, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
