@@ -71,6 +71,93 @@ def test_stopping_resuming_failing(made_tokens: Path, tmp_path: Path) -> None:
     assert "DIFFERENT: 0 of" in compared
 
 
+@pytest.fixture(scope="module")
+def export(made_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the made vocabulary, as a Hugging Face directory."""
+    from drawn import Drawn
+
+    from xlmega.models.config import model_config
+    from xlmega.weights.huggingface import export_huggingface
+
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "ffn_hidden_size": 48, "max_positions": 512}
+    output = tmp_path_factory.mktemp("export") / "hf"
+    model = Drawn(model_config(preset="xglm_tiny", vocab_size=800, **sizes))
+    export_huggingface(model, output, vocabulary_folder=made_vocabulary)
+    return output
+
+
+@pytest.mark.torch
+def test_models_of_other_trainers(export: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from xlmega.text.corpus import write_records
+
+    tensors = load_file(export / "model.safetensors")
+    settings = {
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_embed_dim": 48,
+        "max_target_positions": 512,
+    }
+    (tmp_path / "given").mkdir()
+    for name, value in (
+        (
+            "consolidated.pt",
+            {"model": {f"decoder.{k.removeprefix('model.')}": v for k, v in tensors.items()}, "args": settings},
+        ),
+        ("mp_rank_00_model_states.pt", {"module": tensors}),
+    ):
+        torch.save(value, tmp_path / "given" / name)
+    trained = tmp_path / "given" / "trained"
+    (trained / "global_step500").mkdir(parents=True)
+    (trained / "config.json").write_bytes((export / "config.json").read_bytes())
+    (tmp_path / "given" / "mp_rank_00_model_states.pt").rename(
+        trained / "global_step500" / "mp_rank_00_model_states.pt"
+    )
+    write_records(tmp_path / "given" / "sw" / "0.jsonl", [{"cluster": 1}, {"cluster": 1}, {"cluster": 0}])
+    given = {
+        "downloads/expert0/consolidated.pt": tmp_path / "given" / "consolidated.pt",
+        "downloads/trained": trained,
+        "runs/expert0": export,
+        "runs/expert1": export,
+        "models/expert1": export,
+        "clusters/valid/sw": tmp_path / "given" / "sw",
+    }
+    (place := tmp_path / "place").mkdir()
+    said = run_chapter("Models of other trainers", place, {}, given)
+    assert [text.splitlines()[-1].split(":")[0] for text in said] == [
+        f"wrote {path}"
+        for path in ("models/expert0", "exports/trained", "models/mean", "exports/mean", "models/mean_sw")
+    ]
+    assert said[4].startswith("0.333333  models/expert0")
+
+
+@pytest.mark.torch
+def test_perplexity_and_multiple_choice(export: Path, made_corpus: Path, made_tokens: Path, tmp_path: Path) -> None:
+    from xlmega.text.corpus import write_records
+
+    languages = sorted(path.name for path in (made_corpus / "valid").iterdir())
+    given = {"runs/first": export, "exports/first": export, "tokens/pydocs": made_tokens, "DATA": made_corpus}
+    (place := tmp_path / "scores").mkdir()
+    changes = {"en": languages[0], "fr": languages[1]}
+    first, text, last = run_chapter("Perplexity", place, changes, given)
+    assert all(name in first for name in languages) and "all " in first
+    assert languages[2] not in text and "mean exp" not in last and last.endswith("wrote scores/last128/result.json\n")
+    item = {"premise": "It rained", "label": 0}
+    (place := tmp_path / "choices").mkdir()
+    for name, more in (
+        ("xcopa/val.it.jsonl", {"choice1": "Wet.", "choice2": "Dry.", "question": "effect"}),
+        ("xcopa/val.sw.jsonl", {"choice1": "Wet.", "choice2": "Dry.", "question": "effect"}),
+        ("xnli/test/sw.jsonl", {"hypothesis": "It poured"}),
+        ("xnli/dev/sw.jsonl", {"hypothesis": "It poured"}),
+    ):
+        write_records(tmp_path / "items" / name, [{**item, **more}] * 4)
+    items = {"xcopa": tmp_path / "items" / "xcopa", "xnli": tmp_path / "items" / "xnli"}
+    zero, few = run_chapter("Multiple choice", place, {}, {"exports/first": export, **items})
+    assert "mean" in zero and few.endswith("wrote scores/xnli/result.json\n")
+
+
 def test_chapters_are_found() -> None:
     assert commands("Two commands") == [line for line in commands("Two commands") if line.startswith(("make", "pip"))]
     assert any("train_vocabulary" in line for line in commands("From your text to a model"))

@@ -15,11 +15,11 @@ import dataclasses
 import time
 from pathlib import Path
 
-from xlmega.errors import CheckpointError, ConfigError, DataError, run_main
-from xlmega.evaluation.documents import open_documents, vocabulary_of, write_result
+from xlmega.errors import ConfigError, DataError, run_main
+from xlmega.evaluation.documents import check_output, open_documents, vocabulary_of, write_result
 from xlmega.evaluation.numberings import numbered, numberings_by_hand, numberings_of_run
 from xlmega.evaluation.perplexity import DEFINITIONS, Definition, Perplexity, Spelling, perplexity, report, total
-from xlmega.evaluation.scoring import LogicalScorer
+from xlmega.evaluation.scoring import LogicalScorer, device_named
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.training.checkpoint import open_source
 from xlmega.weights.directory import DTYPES, dtype_named
@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=8192, help="positions in a batch; changes the speed only")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
-    if (args.output / "result.json").exists() and not args.overwrite:
-        raise CheckpointError(f"'{args.output}' holds a result. Choose another --output, or add --overwrite.")
+    check_output(args.output, overwrite=args.overwrite)
     source = open_source(args.model, args.config)
     definition = Definition(args.definition, args.length, args.last_n, args.mean_of_batch_exponentials)
     definition = definition.checked(source.config.max_positions)
@@ -73,7 +72,7 @@ def main() -> None:
     if numberings.space.size > source.config.vocab_size:
         raise DataError(f"the ids go to {numberings.space.size}, and the model has {source.config.vocab_size}.")
     languages = numbered(languages, vocabulary, numberings, args.language)
-    scorer = LogicalScorer(source, dtype=dtype_named(args.dtype), device=args.device)
+    scorer = LogicalScorer(source, dtype=dtype_named(args.dtype), device=device_named(args.device))
     spelling, scores = Spelling.of(vocabulary), dict[str, Perplexity]()
     for name, language in languages.items():
         begun = time.monotonic()

@@ -14,9 +14,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from xlmega.errors import CheckpointError, ConfigError, DataError, run_main
-from xlmega.evaluation.documents import vocabulary_of, write_result
-from xlmega.evaluation.scoring import LogicalScorer
+from xlmega.errors import ConfigError, DataError, run_main
+from xlmega.evaluation.documents import check_output, vocabulary_of, write_result
+from xlmega.evaluation.scoring import LogicalScorer, device_named
 from xlmega.evaluation.tasks import (
     TASKS,
     Outcome,
@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=8192, help="positions in a batch; changes the speed only")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
-    if (args.output / "result.json").exists() and not args.overwrite:
-        raise CheckpointError(f"'{args.output}' holds a result. Choose another --output, or add --overwrite.")
+    check_output(args.output, overwrite=args.overwrite)
     if bool(args.shots) != bool(args.demonstrations):
         raise ConfigError("--shots and --demonstrations go together: how many to show, and out of which files.")
     task = task_named(args.task, args.template)
@@ -67,7 +66,7 @@ def main() -> None:
     vocabulary = vocabulary_of(source, args.vocabulary)
     if vocabulary is None:
         raise ConfigError("no vocabulary was found with the model. Name its folder: --vocabulary DIR.")
-    scorer = LogicalScorer(source, dtype=dtype_named(args.dtype), device=args.device)
+    scorer = LogicalScorer(source, dtype=dtype_named(args.dtype), device=device_named(args.device))
     settings = Settings(args.shots, args.runs, args.seed, args.max_items, args.pmi_weight)
     outcomes = dict[str, Outcome]()
     for language, found in items.items():

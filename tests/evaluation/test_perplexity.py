@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import Drawn
 
 from xlmega.data.indexed import open_corpus
 from xlmega.errors import CheckpointError, ConfigError, DataError
@@ -25,8 +26,6 @@ from xlmega.models.config import model_config
 from xlmega.text.corpus import Document, write_documents
 from xlmega.text.vocabulary import load_vocabulary, train_vocabulary
 from xlmega.weights.huggingface import export_huggingface
-from xlmega.weights.initial import InitialWeights
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,23 +161,6 @@ def test_pieces_are_counted_in_bytes_and_in_characters(made_vocabulary: Path) ->
 # -------------------------------------------------------------------- whole models
 
 
-class Drawn:
-    """Initial weights as a model."""
-
-    def __init__(self, config: Any) -> None:
-        self.config, self._shapes = config, logical_shapes(config)
-        self._weights = InitialWeights(config, 3, self._shapes)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._weights.read_slice(name, tuple(slice(None) for _ in self._shapes[name]))
-
-
 @pytest.fixture(scope="module")
 def exported(made_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = model_config(
@@ -189,10 +171,9 @@ def exported(made_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ffn_hidden_size=96,
         max_positions=64,
         vocab_size=800,
-        init_std=0.3,
     )
     output = tmp_path_factory.mktemp("model") / "hf"
-    export_huggingface(Drawn(config), output, vocabulary_folder=made_vocabulary)
+    export_huggingface(Drawn(config, std=0.3), output, vocabulary_folder=made_vocabulary)
     return output
 
 
@@ -271,8 +252,12 @@ def test_figures_are_transformers(
     text_scores = measure(monkeypatch, exported, tmp_path / "split", *continuous, tmp_path / "c2")
     assert token_scores["all"]["tokens"] == len(stream) - 1
     assert text_scores["languages"] == token_scores["languages"] and "mean_of_batch_exponentials" in text_scores["all"]
-    with pytest.raises(CheckpointError, match="holds a result"):
+    with pytest.raises(DataError, match="holds a result"):
         measure(monkeypatch, exported, tmp_path / "split", *continuous, tmp_path / "c2")
+    with pytest.raises(DataError, match="is a file; --output is the folder"):
+        measure(monkeypatch, exported, tmp_path / "split", *continuous, tmp_path / "c2" / "result.json")
+    with pytest.raises(ConfigError, match="device 'nowhere' cannot be used"):
+        measure(monkeypatch, exported, made_tokens, "--device", "nowhere", "--output", tmp_path / "d")
 
 
 def test_data_of_every_kind_and_what_is_none(made_tokens: Path, made_vocabulary: Path, tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawn import Drawn
 from reference import reference_logits
 
 from xlmega.errors import ConfigError, DataError
 from xlmega.evaluation import scoring
 from xlmega.evaluation.scoring import LogicalScorer, token_scores
 from xlmega.models.config import model_config
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 CONFIG = model_config(
@@ -19,25 +19,12 @@ CONFIG = model_config(
 )
 
 
-class Drawn:
-    def __init__(self) -> None:
-        self.config = CONFIG
-        draw = torch.Generator().manual_seed(4)
-        self.tensors = {n: torch.randn(shape, generator=draw) * 0.3 for n, shape in logical_shapes(CONFIG).items()}
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+MODEL = Drawn(CONFIG, std=0.3)
 
 
 def wanted(ids: np.ndarray) -> torch.Tensor:
     """[L, V]: log-probabilities of what follows each of ids[:-1]."""
-    return reference_logits(CONFIG, Drawn().tensors, torch.from_numpy(ids[None, :-1])).log_softmax(-1)[0]
+    return reference_logits(CONFIG, MODEL.tensors, torch.from_numpy(ids[None, :-1])).log_softmax(-1)[0]
 
 
 def test_scores_are_the_models_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +34,7 @@ def test_scores_are_the_models_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> 
     for batch_tokens, read_ahead, elements in ((1, 512, 1), (100, 7, 53 * 5), (100_000, 512, 1 << 25)):
         monkeypatch.setattr(scoring, "READ_AHEAD", read_ahead)
         monkeypatch.setattr(scoring, "LOGIT_ELEMENTS", elements)
-        found = list(token_scores(LogicalScorer(Drawn()), iter(sequences), batch_tokens))
+        found = list(token_scores(LogicalScorer(MODEL), iter(sequences), batch_tokens))
         assert [len(one) for one in found] == [len(ids) - 1 for ids in sequences]
         for one, two in zip(found, due):
             np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
@@ -56,7 +43,7 @@ def test_scores_are_the_models_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_next_distribution_is_after_the_last_id() -> None:
     ids = np.random.default_rng(1).integers(0, 53, (3, 12))
     lengths = torch.tensor([12, 5, 1])
-    found = LogicalScorer(Drawn()).next_distribution(torch.from_numpy(ids), lengths)
+    found = LogicalScorer(MODEL).next_distribution(torch.from_numpy(ids), lengths)
     assert found.shape == (3, 53) and torch.allclose(found.exp().sum(1), torch.ones(3), atol=1e-5)
     for row, length in enumerate(lengths.tolist()):
         due = wanted(np.append(ids[row, :length], 0))[-1]
@@ -64,7 +51,7 @@ def test_the_next_distribution_is_after_the_last_id() -> None:
 
 
 def test_ids_that_the_model_does_not_have_are_refused() -> None:
-    scorer = LogicalScorer(Drawn())
+    scorer = LogicalScorer(MODEL)
     with pytest.raises(ConfigError, match="21 inputs is beyond the model's 20 positions"):
         list(token_scores(scorer, [np.zeros(22, dtype=np.int64)]))
     with pytest.raises(DataError, match="ids from 0 to 53 are not all below the model's 53"):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import Drawn
 
 from xlmega.errors import ConfigError, DataError
 from xlmega.evaluation.tasks import (
@@ -30,8 +31,6 @@ from xlmega.models.config import model_config
 from xlmega.text.corpus import write_records
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.weights.directory import write_logical
-from xlmega.weights.initial import InitialWeights
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,29 +192,12 @@ def test_figures_over_runs_have_their_error() -> None:
     assert "0.7000 +- 0.1000" in lines[1] and lines[-1].startswith("mean") and "0.7000" in lines[-1]
 
 
-class Drawn:
-    """Initial weights as a model."""
-
-    def __init__(self, config: Any) -> None:
-        self.config, self._shapes = config, logical_shapes(config)
-        self._weights = InitialWeights(config, 3, self._shapes)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._weights.read_slice(name, tuple(slice(None) for _ in self._shapes[name]))
-
-
 @pytest.mark.skipif(not XCOPA.is_dir(), reason="../shared/data is absent")
 def test_the_tool_answers_xcopa(
     made_vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "ffn_hidden_size": 48, "max_positions": 128}
-    config = model_config(preset="xglm_tiny", vocab_size=800, init_std=0.2, **sizes)
+    config = model_config(preset="xglm_tiny", vocab_size=800, **sizes)
     write_logical(Drawn(config), tmp_path / "model", vocabulary_folder=made_vocabulary)
     files = [XCOPA / "val.it.jsonl", XCOPA / "val.zh.jsonl"]
     command = ["evaluate_tasks.py", tmp_path / "model", *files, "--task", "xcopa", "--max_items", 20, "--output"]

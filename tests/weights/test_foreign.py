@@ -8,11 +8,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import theirs
 import torch
 import worlds
 from reference import reference_logits
@@ -145,17 +145,13 @@ def test_what_is_no_xglm_is_refused_by_what_it_says(tmp_path: Path) -> None:
 # -------------------------------------------------------------------- state dicts
 
 
-@pytest.mark.parametrize("make", [xglm, gpt2])
+@pytest.mark.parametrize("kind", theirs.SIX)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_directory_of_bin_files_reads_as_one_of_safetensors(
-    make: Callable[[], Any], shards: int, tmp_path: Path
-) -> None:
-    model = make()
-    model.save_pretrained(tmp_path / "hf")
+def test_a_directory_of_bin_files_reads_as_one_of_safetensors(kind: str, shards: int, tmp_path: Path) -> None:
+    tensors = theirs.saved(kind, tmp_path / "hf")
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "config.json").write_bytes((tmp_path / "hf" / "config.json").read_bytes())
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     if shards == 1:
         torch.save(tensors, folder / "pytorch_model.bin")
     else:
@@ -166,11 +162,10 @@ def test_a_directory_of_bin_files_reads_as_one_of_safetensors(
     source, wanted = open_source(folder), open_huggingface(tmp_path / "hf")
     assert same(source, wanted) and source.config == wanted.config
     name = "embedding.word_embeddings.weight"
-    assert torch.equal(source.read_slice(name, (slice(3, 9), slice(None))), wanted.read(name)[3:9])
-    torch.testing.assert_close(our_logits(source), logits_of(model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(source.read_slice(name, (slice(3, 9), slice(None))), wanted.read(name)[3:9].float())
     if shards > 1:
         (folder / "pytorch_model-00002-of-00003.bin").unlink()
-        with pytest.raises(CheckpointError, match="names pytorch_model-00002-of-00003.bin, which is not there"):
+        with pytest.raises(CheckpointError, match=r"names pytorch_model-00002-of-00003.bin, which is not there"):
             open_source(folder)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import Drawn
 from reference import reference_logits
 
-from xlmega.models.config import ModelConfig, model_config
+from xlmega.models.config import model_config
 from xlmega.weights.forward import PlainDecoder, plain_model
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 BASE: dict[str, Any] = {
@@ -54,28 +54,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "layernorm_epsilon": 1e-6,
     },
 }
-
-
-class Drawn:
-    """Random values everywhere; counts what is read."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config, self.num_read = config, 0
-        draw = torch.Generator().manual_seed(2)
-        self.tensors = {
-            name: torch.randn(shape, generator=draw) * 0.15 + ("norm.weight" in name)
-            for name, shape in logical_shapes(config).items()
-        }
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        self.num_read += 1
-        return self.tensors[name]
 
 
 @pytest.mark.parametrize("kind", KINDS)

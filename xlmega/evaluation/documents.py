@@ -130,7 +130,18 @@ def vocabulary_of(source: Any, folder: Path | None) -> Vocabulary | None:
     return None if found is None else load_vocabulary(found)
 
 
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder of scores that cannot be written, before anything is computed."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"'{output}' is a file; --output is the folder of result.json.")
+    if (output / "result.json").exists() and not overwrite:
+        raise DataError(f"'{output}' holds a result. Choose another --output, or add --overwrite.")
+
+
 def write_result(output: Path, result: Any) -> Path:
     """`output`/result.json, whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    return write_json(output / "result.json.part", result).replace(output / "result.json")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return write_json(output / "result.json.part", result).replace(output / "result.json")
+    except OSError as error:
+        raise DataError(f"'{output}/result.json' cannot be written: {error.strerror}.") from None

@@ -101,6 +101,17 @@ def _check(ids: npt.NDArray[Any], scorer: Scorer) -> None:
         )
 
 
+def device_named(name: str) -> torch.device:
+    """A device that is there; a ConfigError for another."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = (str(error).splitlines() or ["it is not there"])[0]
+        raise ConfigError(f"device '{name}' cannot be used: {reason}. 'cpu' always can.") from None
+    return device
+
+
 class LogicalScorer:
     """A logical model as a Scorer, on one device and torch alone."""
 
