@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from xlmega import errors
-from xlmega.errors import ConfigError, NumericsError, RendezvousError, XlmegaError, nearest, run_main
+from xlmega.errors import (
+    ConfigError,
+    HangError,
+    LostRankError,
+    NumericsError,
+    RendezvousError,
+    ReplicaError,
+    StoppedError,
+    XlmegaError,
+    nearest,
+    run_main,
+)
 
 
 def test_nearest_name_or_all_names() -> None:
@@ -15,7 +26,16 @@ def test_nearest_name_or_all_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ConfigError("no"), 2), (NumericsError("no"), 3), (RendezvousError("no"), 4)]
+    ("error", "code"),
+    [
+        (ConfigError("no"), 2),
+        (NumericsError("no"), 3),
+        (RendezvousError("no"), 4),
+        (LostRankError("no"), 5),
+        (HangError("no"), 6),
+        (ReplicaError("no"), 7),
+        (StoppedError("no"), 75),
+    ],
 )
 def test_an_error_of_ours_is_one_message_and_its_exit_code(
     error: XlmegaError, code: int, capsys: pytest.CaptureFixture[str]
@@ -62,5 +82,6 @@ def test_a_bug_of_ours_keeps_its_trace() -> None:
 
 def test_every_error_is_of_the_family_and_who_speaks() -> None:
     family = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(family) == 7 and all(issubclass(one, XlmegaError) and one.exit_code for one in family)
-    assert [one.__name__ for one in family if one.of_one_rank] == ["RendezvousError"]
+    assert len(family) == 11 and all(issubclass(one, XlmegaError) and one.exit_code for one in family)
+    alone = [one.__name__ for one in family if one.of_one_rank]
+    assert alone == ["RendezvousError", "LostRankError", "HangError"]
