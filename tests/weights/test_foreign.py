@@ -395,3 +395,11 @@ def test_the_tools_take_them(tmp_path: Path) -> None:
     done = tool("convert_checkpoint", tmp_path / "consolidated.pt", "--to", "hf", "--output", tmp_path / "two")
     assert done.returncode == 2 and "os.system" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "canary").exists() and not (tmp_path / "two").exists()
+
+
+def test_what_other_packages_allow_torch_to_make_is_not_made_here(tmp_path: Path) -> None:
+    """Megatron-core allows argparse.Namespace and more for the whole process once it is imported."""
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "a.pt")
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    assert isinstance(read_torch(tmp_path / "a.pt")["args"], Inert)
+    assert argparse.Namespace in torch.serialization.get_safe_globals()

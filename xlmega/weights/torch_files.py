@@ -10,10 +10,11 @@ used; the older one is loaded whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickletools  # lists instructions; it cannot execute them
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,9 +94,8 @@ def read_torch(path: Path) -> Any:
             f"'{path}' asks for {', '.join(refused)}. Weights are tensors in plain containers; a file that wants to "
             "call or make anything else is not opened, and nothing of it has run.\n  Ask its author for safetensors."
         )
-    inert = [(Inert, name) for name in INERT_NAMES]
     try:
-        with torch.serialization.safe_globals(inert):  # type: ignore[arg-type]
+        with _only_inert():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # whatever a damaged file makes torch raise is the file's fault
         # torch wraps its reason in advice on how to load the file unsafely.
@@ -105,6 +105,19 @@ def read_torch(path: Path) -> Any:
             f"'{path}' is damaged or not a file of weights: {reason}\n  What torch.save writes by default (pickle "
             "protocol 2) is read."
         ) from None
+
+
+@contextlib.contextmanager
+def _only_inert() -> Iterator[None]:
+    """torch's allow-list is this file's alone: Megatron-core, once imported, lets argparse.Namespace and others in."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([(Inert, name) for name in INERT_NAMES])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
