@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from xlmega.models import dropout
+from xlmega.models import documents, dropout
 from xlmega.models.config import ModelConfig
 from xlmega.models.positions import alibi_slopes, rotated
 
@@ -229,6 +229,17 @@ class CausalAttention(MegatronModule):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """query [L, B, H, K], key and value [L, B, heads of keys, K] to [L, B, H * K]."""
+        numbers_BL = documents.announced()
+        if numbers_BL is None:
+            return self._attend(query, key, value)
+        mixed_LBD = query.new_empty(*query.shape[:2], query.shape[2] * value.shape[3])
+        for window, spans in enumerate(documents.spans(numbers_BL)):
+            for span in spans:  # a document on its own: no mask, and rotary positions begin anew
+                one = slice(window, window + 1)
+                mixed_LBD[span, one] = self._attend(query[span, one], key[span, one], value[span, one])
+        return mixed_LBD
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if self.how.rotary_dim:
             query, key = (rotated(x, self.how.rotary_dim, self.how.rotary_base) for x in (query, key))
         if key.shape[2] != query.shape[2]:

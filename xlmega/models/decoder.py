@@ -21,7 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from xlmega.models import dropout
+from xlmega.models import documents, dropout
 from xlmega.models.backpack import Senses
 from xlmega.models.config import ModelConfig
 from xlmega.models.head import weighted_loss
@@ -40,6 +40,8 @@ class MicroBatch:
     """What each target counts in the loss (fp32); the step's sum of them over all ranks is the loss's unit."""
     slots: tuple[int, ...] | None = None
     """Which windows of the run these are: the keys of dropout. None where nothing is dropped (evaluation)."""
+    documents_BL: torch.Tensor | None = None
+    """Which document of its window each token belongs to; None where a window is one text."""
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
@@ -85,17 +87,23 @@ class Embedding(MegatronModule):
         first, total = sequence_share(self.config, hidden_LBD.shape[0])
         share = slice(first, first + hidden_LBD.shape[0])
         if self.model.positions == "learned":
-            positions = torch.arange(share.start, share.stop, device=tokens_BL.device)
             table_PD = summed_over_sequence(self.position_embeddings.weight, self.config)
-            hidden_LBD = hidden_LBD + torch.nn.functional.embedding(positions, table_PD)[:, None]
+            hidden_LBD = hidden_LBD + torch.nn.functional.embedding(self._places(tokens_BL, share), table_PD)
         elif self.model.positions == "sinusoidal":
-            hidden_LBD = hidden_LBD + self._sinusoids(hidden_LBD)[share, None]
+            hidden_LBD = hidden_LBD + self._sinusoids(hidden_LBD)[self._places(tokens_BL, share)]
         if self.model.embedding_norm:
             hidden_LBD = self.layernorm(hidden_LBD)
         if self.training and self.config.hidden_dropout:
             p = self.config.hidden_dropout
             hidden_LBD = dropout.dropout(hidden_LBD, p, "embedding", first_position=first, num_positions=total)
         return hidden_LBD.contiguous()
+
+    def _places(self, tokens_BL: torch.Tensor, share: slice) -> torch.Tensor:
+        """Positions of this rank's share: [share, B] where documents are told apart, else [share, 1]."""
+        numbers_BL = documents.announced()
+        if numbers_BL is None:
+            return torch.arange(share.start, share.stop, device=tokens_BL.device)[:, None]
+        return documents.positions(numbers_BL).t()[share]
 
     def _sinusoids(self, like: torch.Tensor) -> torch.Tensor:
         # Made in the first pass, not at construction: there DeepSpeed (ZeRO-3) would have it computed in bf16.
@@ -183,7 +191,7 @@ class Decoder(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Last stage: (sum of weights * nll, nll_BL without gradient), fp32; other stages: hidden states."""
         slots = batch.slots if self.training else None
-        with dropout.windows(self.dropout_seed, slots):
+        with dropout.windows(self.dropout_seed, slots), documents.within(batch.documents_BL):
             hidden_LBD = self.embedding(batch.tokens_BL) if self.pre_process else self.received_LBD
             hidden_LBD = self.decoder(hidden_LBD)
         return self._loss(hidden_LBD, batch) if self.post_process else hidden_LBD

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.utils.checkpoint import checkpoint
 
-from xlmega.models import dropout
+from xlmega.models import documents, dropout
 
 
 def summed_over_sequence(parameter: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -98,9 +98,10 @@ class RMSNorm(torch.nn.Module):
 def recomputed(function: Any, *tensors: torch.Tensor) -> torch.Tensor:
     """function(*tensors), of which only the tensors are kept for the backward pass."""
     seed, slots = dropout.announced()
+    numbers_BL = documents.announced()
 
     def again(*tensors: torch.Tensor) -> torch.Tensor:
-        with dropout.windows(seed, slots):
+        with dropout.windows(seed, slots), documents.within(numbers_BL):
             return function(*tensors)  # type: ignore[no-any-return]
 
     # Reentrant: under ZeRO-3 a parameter has another shape when it is gathered again, which the other form refuses.

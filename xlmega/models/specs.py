@@ -21,6 +21,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from xlmega.models import documents
 from xlmega.models.activations import activation_of
 from xlmega.models.attention import AttentionForm, CausalAttention
 from xlmega.models.config import ModelConfig
@@ -128,5 +129,19 @@ def _core_attention(model: ModelConfig, config: TransformerConfig) -> Any:
     if has_transformer_engine() and plain and not config.attention_dropout:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        return TEDotProductAttention
+        return functools.partial(_WithoutDocuments, TEDotProductAttention, how=AttentionForm.of(model))
     return functools.partial(CausalAttention, how=AttentionForm.of(model))
+
+
+class _WithoutDocuments(CausalAttention):
+    """Another core attention where a window is one text, and our own where documents are told apart."""
+
+    def __init__(self, other: Any, config: TransformerConfig, layer_number: int, *rest: Any, how: Any, **keys: Any):
+        super().__init__(config, layer_number, how=how)
+        self.other = other(config, layer_number, *rest, **keys)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **keys: Any) -> Any:
+        """As the other's."""
+        if documents.announced() is None:
+            return self.other(query, key, value, *rest, **keys)
+        return super().forward(query, key, value)

@@ -270,7 +270,8 @@ class Engine:
             tokens_BL1 = torch.from_numpy(batch.tokens[index]).to(self.device)
             weights_BL = torch.from_numpy(batch.weights[index]).to(self.device)
             slots = tuple(int(slot) for slot in batch.slots[index]) if self._drops_out else None
-            yield index, MicroBatch(tokens_BL1[:, :-1], tokens_BL1[:, 1:], weights_BL * unit, slots)
+            documents = None if batch.documents is None else torch.from_numpy(batch.documents[index]).to(self.device)
+            yield index, MicroBatch(tokens_BL1[:, :-1], tokens_BL1[:, 1:], weights_BL * unit, slots, documents)
 
     @property
     def _drops_out(self) -> bool:

@@ -147,8 +147,7 @@ def resolve(
     if not recipe.data.root:
         raise ConfigError("the recipe has no data: give --set data.root=FOLDER, as tools/tokenize_corpus.py writes it.")
     check_pair(runtime, layout)
-    if recipe.data.reset_attention:
-        raise ConfigError("data.reset_attention is read into batches, but no model masks by it yet. Leave it out.")
+    _check_documents(recipe)
     corpora = open_roots(recipe.data)
     vocabularies = tuple(map(_vocabulary_of, roots_of(recipe.data), corpora))
     ids = id_space(recipe.data, vocabularies)
@@ -206,6 +205,17 @@ def _vocabulary_of(root: Path, corpus: dict[str, IndexedTokens]) -> Vocabulary:
                 f"{tokens.manifest.vocabulary_size}, but '{folder}' has {vocabulary.size} ids. Tokenise '{name}' again."
             )
     return vocabulary
+
+
+def _check_documents(recipe: Recipe) -> None:
+    """Refuse to tell documents apart in a model whose attention cannot."""
+    model = recipe.model
+    if recipe.data.reset_attention and (model.attention_dropout or model.backpack_variant):
+        what = "attention_dropout is drawn" if model.attention_dropout else "a Backpack's senses are mixed"
+        raise ConfigError(
+            f"data.reset_attention=true: {what} over whole windows. "
+            "Set model.attention_dropout=0, use another family, or data.windows=documents."
+        )
 
 
 def _sized(recipe: Recipe, ids: IdSpace) -> Any:
