@@ -18,12 +18,13 @@ from xlmega.parallel import groups
 from xlmega.parallel.layout import choose
 from xlmega.parallel.preflight import preflight
 from xlmega.training.checkpoint import list_checkpoints, newest, restore
-from xlmega.training.history import Recorded, continued
+from xlmega.training.history import Recorded
 from xlmega.training.metrics import check_trackers
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
     Run,
     check_output,
+    continued,
     create_output,
     data_damage,
     facts,

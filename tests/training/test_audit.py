@@ -20,10 +20,9 @@ from xlmega.errors import DataError
 from xlmega.parallel.layout import choose
 from xlmega.training import checkpoint
 from xlmega.training.audit import audit, audited
-from xlmega.training.history import continued
 from xlmega.training.loop import _facts
 from xlmega.training.recipe import read_recipe
-from xlmega.training.run import Run, check_output, create_output, resolve
+from xlmega.training.run import Run, check_output, continued, create_output, resolve
 from xlmega.training.runtime import runtime
 
 pytestmark = pytest.mark.torch

@@ -9,12 +9,12 @@ tokens, another seed, sequence length or vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlmega import config
-from xlmega.data.languages import open_roots, training_languages
+from xlmega.data.languages import Language, open_roots, training_languages
 from xlmega.data.plan import Plan, plan_from_table
 from xlmega.data.planning import plan_of
 from xlmega.errors import CheckpointError, ConfigError, DataError
@@ -97,45 +97,40 @@ def check_same_run(run: Run, recorded: Recorded) -> None:
         )
 
 
-def continued(run: Run, recorded: Recorded, step: int) -> Run:
-    """The run as it goes on from `step`; the recorded plan where the recipe changes nothing of the data."""
-    from xlmega.training.run import planned
-
+def continuation(run: Run, recorded: Recorded, step: int) -> tuple[Plan, tuple[dict[str, Any], ...]]:
+    """(plan, changes) of the run as it goes on from `step`; what is recorded where nothing of the data changes."""
     changed = {
         key: words
         for key, words in differences(recorded.recipe, config.to_table(run.recipe)).items()
         if key in CHANGES_THE_DATA
     }
     added = sorted(set(run.data) - set(recorded.plan.windows))
-    changes = recorded.changes
     if not changed and not added:
-        plan = recorded.plan
-    else:
-        plan = plan_of(
-            run.recipe.data,
-            {name: language.size for name, language in run.data.items()},
-            run.recipe.training.batch,
-            total_steps=run.recipe.training.total_steps,
-            seed=run.recipe.training.seed,
-            before=recorded.plan,
-            at_step=step,
-        )
-        kept = tuple(change for change in changes if change["at_step"] < step)
-        changes = (*kept, {"at_step": step, "keys": changed, "added": added})
-    return planned(replace(_with_languages(run, plan, step), changes=changes), plan, step)
+        return recorded.plan, recorded.changes
+    plan = plan_of(
+        run.recipe.data,
+        {name: language.size for name, language in run.data.items()},
+        run.recipe.training.batch,
+        total_steps=run.recipe.training.total_steps,
+        seed=run.recipe.training.seed,
+        before=recorded.plan,
+        at_step=step,
+    )
+    kept = tuple(change for change in recorded.changes if change["at_step"] < step)
+    return plan, (*kept, {"at_step": step, "keys": changed, "added": added})
 
 
-def _with_languages(run: Run, plan: Plan, step: int) -> Run:
-    """With every language open that the plan serves from `step` on: an earlier recipe's, too, before its end."""
+def languages_of(run: Run, plan: Plan, step: int) -> dict[str, Language]:
+    """Every language that the plan serves from `step` on, opened: an earlier recipe's, too, before its end."""
     ends = [*(mix.from_step for mix in plan.mixes[1:]), run.recipe.training.total_steps]
     coming = {name for mix, end in zip(plan.mixes, ends, strict=True) if end > step for name in mix.weights}
     missing = coming - set(run.data)
     if not missing:
-        return run
+        return run.data
     found = training_languages(run.recipe.data, open_roots(run.recipe.data), also=missing)
     if missing - set(found):
         raise DataError(
             f"--resume: until its mix changes, the run goes on with {', '.join(sorted(missing - set(found))[:10])}, "
             f"which '{run.recipe.data.root}' does not have. Put the tokens back."
         )
-    return replace(run, data={**run.data, **{name: found[name] for name in missing}})
+    return {**run.data, **{name: found[name] for name in missing}}

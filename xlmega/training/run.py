@@ -40,7 +40,14 @@ from xlmega.parallel.preflight import code_hash
 from xlmega.text.remapping import IdSpace
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.training.checkpoint import list_checkpoints, open_source
-from xlmega.training.history import Recorded, check_same_run, data_hashes, read_recorded
+from xlmega.training.history import (
+    Recorded,
+    check_same_run,
+    continuation,
+    data_hashes,
+    languages_of,
+    read_recorded,
+)
 from xlmega.training.locking import LOCK_NAME, held
 from xlmega.training.recipe import Recipe
 from xlmega.training.runtime import Runtime, check_pair
@@ -113,6 +120,7 @@ class Run:
             "recipe": config.to_table(self.recipe),
             "ds_config": dict(self.runtime.settings),
             "data": data_hashes(self),
+            "plan": self.plan.to_table(),
         }
         hashes = {key: hashlib.sha256(json.dumps(told[key], sort_keys=True).encode()).hexdigest()[:16] for key in told}
         return {"xlmega's code": code_hash(), **hashes, **versions()}
@@ -186,6 +194,12 @@ def planned(run: Run, plan: Plan, first_step: int = 0) -> Run:
         check_interleaving(run.layout, micro_batches[-1])
     check_cap(run.recipe.data, plan, run.recipe.training.total_steps)
     return replace(run, plan=plan, micro_batches=max(micro_batches))
+
+
+def continued(run: Run, recorded: Recorded, step: int) -> Run:
+    """The run as it goes on from `step`, with what its directory records of it."""
+    plan, changes = continuation(run, recorded, step)
+    return planned(replace(run, data=languages_of(run, plan, step), changes=changes), plan, step)
 
 
 def _vocabulary_of(root: Path, corpus: dict[str, IndexedTokens]) -> Vocabulary:
