@@ -20,7 +20,7 @@ from pathlib import Path
 
 from xlmega.errors import run_main
 from xlmega.text import aligned, bitext, conversion, filters, mc4, parallel_sources, sources, synthetic
-from xlmega.text.tally import Statistics, table
+from xlmega.text.tally import Console, Statistics, table
 
 
 def main() -> None:
@@ -31,11 +31,13 @@ def main() -> None:
         add(verbs)
     words = sys.argv[1:]
     args = parser.parse_args(["made", *(w for w in words if w != "--made")] if "--made" in words else words)
-    args.run(args)
+    try:
+        args.run(args)
+    finally:
+        say.close()
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+say = Console(sys.stdout)
 
 
 def add_text(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -249,8 +251,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def finish(args: argparse.Namespace, statistics: dict[str, Statistics]) -> None:
-    print(table(statistics))
-    print(f"wrote {args.output}")
+    say(table(statistics))
+    say(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 
 from xlmega.text import tally
@@ -52,8 +54,33 @@ def test_progress_speaks_seldom_and_knows_the_time_left(monkeypatch: pytest.Monk
     progress = tally.Progress(said.append, "x", "pairs", total=1024)
     for _ in range(512):
         now += 0.02
-        progress.step(1_000_000)
+        progress.step(100)
     assert said == [
-        "x: 256 pairs, 256 MB, 50.0 MB/s, 25 %, 15 s left",
-        "x: 512 pairs, 512 MB, 50.0 MB/s, 50 %, 10 s left",
+        "x: 256 pairs, 0 MB, 0.0 MB/s, 25 %, 15 s left",
+        "x: 512 pairs, 0 MB, 0.0 MB/s, 50 %, 10 s left",
     ]
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(tally, "monotonic", lambda: now)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, expected in (
+        (
+            Terminal(),
+            "begun\n\r\x1b[K[############............] x: 1 files, 3 MB, 1.0 MB/s, 50 %, 3 s left\r\x1b[Kdone\n",
+        ),
+        (io.StringIO(), "begun\ndone\n"),
+    ):
+        say = tally.Console(stream)
+        say("begun")
+        progress = tally.Progress(say, "x", "files", total=2)
+        now += 3.0
+        progress.step(3_000_000)
+        say("done")
+        say.close()  # nothing is drawn now, so it adds nothing
+        assert stream.getvalue() == expected

@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, TextIO
 
 PROGRESS_SECONDS = 5.0
+REDRAW_SECONDS = 0.2
+BAR_WIDTH = 24
 
 # Characters of the scripts that put no space between words.
 SCRIPTS = (
@@ -130,25 +132,64 @@ def table(stages: Mapping[str, Statistics]) -> str:
     )
 
 
+class Console:
+    """Where a tool speaks: lines, and on a terminal one line that is drawn again and again below them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.redraws = stream, stream.isatty()
+        self._drawn = False
+
+    def __call__(self, line: str) -> None:
+        """Print a line that stays."""
+        self._stream.write(f"\r\x1b[K{line}\n" if self._drawn else f"{line}\n")
+        self._stream.flush()
+        self._drawn = False
+
+    def close(self) -> None:
+        """Leave the drawn line as it is and go on below it."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._drawn = False
+
+    def draw(self, line: str) -> None:
+        """Draw the line over the one drawn before."""
+        self._stream.write(f"\r\x1b[K{line}")
+        self._stream.flush()
+        self._drawn = True
+
+
 class Progress:
-    """A line every few seconds: how much is done, how fast, and the time left where the whole is known."""
+    """How much is done, how fast, and the time left where the whole is known: a line every few seconds, or a bar."""
 
     def __init__(self, say: Callable[[str], None], what: str, unit: str, total: int | None = None) -> None:
-        self._say, self._what, self._unit, self._total = say, what, unit, total
+        redraws = isinstance(say, Console) and say.redraws
+        self._say = say.draw if isinstance(say, Console) and redraws else say
+        self._seconds = REDRAW_SECONDS if redraws else PROGRESS_SECONDS
+        self._what, self._unit, self._total, self._bar = what, unit, total, redraws
         self._begun = self._told = monotonic()
-        self._done = self._bytes = 0
+        self._done = self._bytes = self._due = 0
 
     def step(self, utf8_bytes: int = 0) -> None:
         """One more document or pair is done."""
         self._done += 1
         self._bytes += utf8_bytes
-        if self._done % 256 == 0 and (now := monotonic()) - self._told > PROGRESS_SECONDS:
-            self._told = now
-            seconds = now - self._begun
-            line = f"{self._what}: {self._done:,} {self._unit}"
-            if self._bytes:
-                line += f", {self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:.1f} MB/s"
-            if self._total:
-                left = seconds * (self._total - self._done) / self._done
-                line += f", {100 * self._done // self._total} %, {left:,.0f} s left"
-            self._say(line)
+        # The clock is looked at after 256 steps or 64 KiB, whichever comes first.
+        self._due += 1 + (utf8_bytes >> 8)
+        if self._due >= 256:
+            self._due = 0
+            if (now := monotonic()) - self._told > self._seconds:
+                self._told = now
+                self._say(self._line(now - self._begun))
+
+    def _line(self, seconds: float) -> str:
+        line = f"{self._what}: {self._done:,} {self._unit}"
+        if self._bytes:
+            line += f", {self._bytes / 1e6:,.0f} MB, {self._bytes / 1e6 / seconds:.1f} MB/s"
+        if self._total:
+            left = seconds * (self._total - self._done) / self._done
+            line += f", {100 * self._done // self._total} %, {left:,.0f} s left"
+            if self._bar:
+                filled = BAR_WIDTH * self._done // self._total
+                line = f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {line}"
+        return line
