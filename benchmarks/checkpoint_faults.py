@@ -45,6 +45,7 @@ from xlmega.training.checkpoint import (  # noqa: E402
     list_checkpoints,
     newest,
 )
+from xlmega.training.locking import held  # noqa: E402
 from xlmega.weights import storage  # noqa: E402
 from xlmega.weights.comparison import logical_hash  # noqa: E402
 
@@ -254,6 +255,13 @@ def killed(runs: Runs, count: int, generator: random.Random, operations: dict[st
     return died
 
 
+def check_lock(runs: Runs) -> None:
+    """While one process has a run directory, all ranks of another run are refused, by the holder's name."""
+    with held(runs.run("alone")):
+        codes, said = runs.live("alone")
+    check(codes == [2] * runs.ranks and f"is in use by process {os.getpid()} on" in said, f"{codes}\n{said[-2000:]}")
+
+
 # -------------------------------------------------------------------- failing disks
 
 
@@ -364,6 +372,7 @@ def main() -> None:
             codes, said = runs.live("alone")
             check(not any(codes), f"the run left alone failed:\n{said[-4000:]}")
             print(f"{layout}: the run left alone took {time.monotonic() - started:.1f} s", flush=True)
+            check_lock(runs)
             operations = count_operations(runs)
             print(f"{layout}: file operations of rank 0: {operations}", flush=True)
             died = killed(runs, args.count, generator, operations, args.lives)

@@ -371,6 +371,12 @@ def test_a_checkpoint_is_nameless_before_it_is_incomplete(tmp_path: Path, monkey
     monkeypatch.undo()
 
 
+def test_facts_are_what_json_makes_of_them(engine: Any, tmp_path: Path) -> None:
+    facts = {"by_number": {10: 1, 9: (2, 3)}, "nan": math.nan, "text": "é"}
+    found = Checkpoint(save(engine, tmp_path, 8, **facts))
+    assert found.manifest["facts"]["by_number"] == {"10": 1, "9": [2, 3]} and found.manifest["facts"]["text"] == "é"
+
+
 def test_the_pointer_is_a_name_and_a_digest(engine: Any, tmp_path: Path) -> None:
     folder = save(engine, tmp_path, 8)
     told = json.loads((tmp_path / "checkpoints" / LATEST).read_text())

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from xlmega import config as tables
+from xlmega.errors import CheckpointError
 from xlmega.parallel.groups import words_of_all
 from xlmega.training.checkpoint import (
     FORMAT_VERSION,
@@ -36,6 +37,7 @@ from xlmega.training.checkpoint import (
     list_checkpoints,
     manifest_digest,
     piece_name,
+    read_manifest,
 )
 from xlmega.training.engine import Engine
 from xlmega.weights import storage
@@ -255,8 +257,10 @@ def _write_rank(
 def _publish(part: Path, final: Path, manifest: dict[str, Any], retention: Retention) -> None:
     entries = sorted(part.glob("rank-*.json"))
     manifest["files"] = [json.loads(path.read_text(encoding="utf-8")) for path in entries]
+    manifest = json.loads(json.dumps(manifest))  # as it will be read: keys are text, tuples are lists
     manifest["sha256"] = manifest_digest(manifest)
     storage.write_json(part / "manifest.json", manifest)
+    read_manifest(part)
     for path in entries:
         storage.remove_file(path)
     storage.move_folder(part, final)
@@ -297,7 +301,7 @@ def _attempt(action: Callable[[], None]) -> str:
     """What is wrong, in words, after `action` ('' if nothing): only what files do is expected to go wrong."""
     try:
         action()
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         return str(error)
     except _Published as error:
         return f"{_NOTE}{error}"
