@@ -144,6 +144,13 @@ class Tokenizer:
         self.unique_identifiers = {"class": "none"}
 
 
+def begin_group() -> None:
+    """A process group of one: BlendedDataset asks for its rank."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def open_megatron(root: Path, samples: int, cache: Path) -> Any:
     """BlendedDataset over a GPTDataset for each language, by equal weights."""
     from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -172,6 +179,7 @@ def measure_build(system: str, root: Path, samples: int) -> dict[str, float]:
         if system == "megatron":
             import megatron.core.datasets.gpt_dataset  # noqa: F401
 
+            begin_group()
             before = megabytes()
             started = time.perf_counter()
             dataset = open_megatron(root, samples, Path(cache))
@@ -191,6 +199,7 @@ def measure_build(system: str, root: Path, samples: int) -> dict[str, float]:
 def measure_reading(root: Path, samples: int) -> dict[str, float]:
     """Windows a second of both, in turns of 4,096 windows; medians, and the median ratio of a turn."""
     with tempfile.TemporaryDirectory() as cache:
+        begin_group()
         dataset = open_megatron(root, samples, Path(cache))
         batches, _ = open_batches(root, PEER_LENGTH, 128, temperature=1e9)
         rates: dict[str, list[float]] = {"megatron": [], "xlmega": []}
