@@ -20,6 +20,7 @@ from xlmega.parallel.preflight import preflight
 from xlmega.training.checkpoint import list_checkpoints, newest, restore
 from xlmega.training.history import Recorded
 from xlmega.training.metrics import check_trackers
+from xlmega.training.outline import summary, warnings
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
     Run,
@@ -31,8 +32,6 @@ from xlmega.training.run import (
     first_weights,
     occupy,
     resolve,
-    summary,
-    warnings,
 )
 from xlmega.training.runtime import read_runtime
 from xlmega.training.supervision import SupervisionSettings, Supervisor
@@ -152,7 +151,7 @@ def execute(
     if damaged:
         raise DataError(damaged[0])
     if args.resume:
-        occupy(run, held, resume=True)
+        occupy(run, held, resume=True, recorded=recorded)
     found = newest(run.output, say) if args.resume else None
     weights = None if found else first_weights(run.recipe)
     first_step = found.step if found else 0

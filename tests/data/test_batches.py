@@ -376,3 +376,26 @@ def test_prefetched_batches_are_the_batches() -> None:
     for step in (0, 1, 2, 9, 3):
         assert (prefetched.at(step).tokens == batches.at(step).tokens).all()
     prefetched.close()
+
+
+def test_where_no_thread_can_be_had_the_caller_reads(recorded: tuple[Recorded, Prefetched[Any]]) -> None:
+    """Out of threads, or the thread's pool was shut down under it: training goes on, only slower."""
+    source, prefetched = recorded
+    assert prefetched.at(5) == 5
+    prefetched._reader.shutdown(wait=True)
+    assert [prefetched.at(step) for step in (6, 7, 8, 12)] == [6, 7, 8, 12]
+    assert threading.get_ident() in source.threads
+    with pytest.raises(DataError, match="step 13 is damaged"):
+        prefetched.at(13)
+
+
+def test_a_source_that_dies_in_every_way_is_told_to_whoever_asks() -> None:
+    class Dies:
+        def at(self, step: int) -> Any:
+            raise [SystemExit(3), KeyboardInterrupt(), MemoryError("no memory")][step]
+
+    prefetched: Prefetched[Any] = Prefetched(Dies(), 0, ahead=1)
+    for step, kind in enumerate((SystemExit, KeyboardInterrupt, MemoryError)):
+        with pytest.raises(kind):
+            prefetched.at(step)
+    prefetched.close()

@@ -14,8 +14,9 @@ from xlmega.data.languages import validation_sets
 from xlmega.errors import ConfigError, DataError, LayoutError, XlmegaError
 from xlmega.parallel.layout import choose
 from xlmega.text import corpus, vocabulary
+from xlmega.training.outline import summary
 from xlmega.training.recipe import read_recipe
-from xlmega.training.run import VOCABULARIES, Run, check_output, continued, create_output, facts, resolve, summary
+from xlmega.training.run import VOCABULARIES, Run, check_output, continued, create_output, facts, resolve
 from xlmega.training.runtime import runtime
 
 pytestmark = pytest.mark.torch

@@ -18,6 +18,7 @@ from xlmega.data.manifest import read_manifest, root_of, write_manifest
 from xlmega.errors import CheckpointError, ConfigError, DataError, LayoutError, XlmegaError
 from xlmega.parallel.layout import choose
 from xlmega.text import corpus, vocabulary
+from xlmega.training.outline import memory, summary
 from xlmega.training.recipe import read_recipe
 from xlmega.training.run import (
     Run,
@@ -26,9 +27,7 @@ from xlmega.training.run import (
     data_damage,
     facts,
     first_weights,
-    memory,
     resolve,
-    summary,
 )
 from xlmega.training.runtime import runtime
 

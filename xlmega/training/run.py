@@ -1,7 +1,7 @@
 """A run resolved: everything that can be known, checked and refused before a process group or a GPU is touched.
 
 In come a recipe, a DeepSpeed file, a layout and a run directory; out goes a frozen `Run` that the loop executes, or one
-error. `--dry_run` prints `summary(run)` and stops here.
+error.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +28,7 @@ from xlmega.data.batches import Batches, Reading, num_micro_batches
 from xlmega.data.indexed import IndexedTokens, damage, open_corpus, splits
 from xlmega.data.languages import Language, id_space, open_roots, roots_of, training_languages, validation_sets
 from xlmega.data.plan import Plan, first_slot
-from xlmega.data.planning import beyond_cap, check_cap, plan_of
+from xlmega.data.planning import check_cap, plan_of
 from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError, XlmegaError, nearest
 from xlmega.models.config import check_layout
@@ -313,13 +311,14 @@ def _check_output(run: Run, output: Path, resume: bool) -> Recorded | None:
     return recorded
 
 
-def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool) -> None:
+def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool, recorded: Recorded | None = None) -> None:
     """Have rank 0 hold the run directory until `stack` closes, or learn who does; every rank calls it."""
     problem = ""
     if dist.get_rank() == 0:
         try:
             stack.enter_context(held(run.output))
-            check_output(run, resume=resume)  # again: another run may have come in between
+            if check_output(run, resume=resume) != recorded:  # another run may have come in between
+                problem = f"'{run.output}' was changed by another run just now. Start again with --resume."
         except XlmegaError as error:
             problem = str(error)
     told = words_of_all(problem)[0]
@@ -371,107 +370,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-# -------------------------------------------------------------------- what it will be
-
-
-def summary(run: Run) -> str:
-    """The resolved recipe, layout, memory and data of a run, for `--dry_run` and the start of a log."""
-    return "\n".join(_lines(run))
-
-
-def _lines(run: Run) -> Iterator[str]:
-    recipe, model = run.recipe, run.recipe.model
-    yield "recipe"
-    for name, table in config.to_table(recipe).items():
-        yield f"  [{name}] " + ", ".join(f"{key}={value}" for key, value in table.items())
-    how = f"{run.layout.describe()}, {run.layout.world_size} ranks, {run.runtime.describe()}"
-    step = f"{run.micro_batches} micro-batches of {run.runtime.micro_batch_windows} windows"
-    yield f"layout: {how}, {step}, recompute {run.recompute}"
-    yield f"model: {model.num_parameters():,} parameters ({model.preset or model.family}, {model.vocab_size:,} ids)"
-    yield "memory of the fullest rank, estimated:"
-    parts = memory(run)
-    by_part = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
-    yield f"  {by_part}; together {sum(parts.values()) / 2**20:,.0f} MiB, without what Python and its libraries take"
-    yield from _data_lines(run)
-
-
-def _data_lines(run: Run) -> Iterator[str]:
-    plan, length, steps = run.plan, run.recipe.data.sequence_length, run.recipe.training.total_steps
-    ends = [*(mix.from_step for mix in plan.mixes[1:]), steps]
-    windows = plan.first_slot(steps)
-    yield f"data: {windows:,} windows of {length} tokens, {run.tokens(steps):,} tokens in {len(ends)} stage" + (
-        "s" if len(ends) > 1 else ""
-    )
-    for mix, end in zip(plan.mixes, ends, strict=True):
-        served, counts = plan.first_slot(end) - plan.first_slot(mix.from_step), plan.counts(mix.from_step, end)
-        sizes = sorted(
-            {plan.batch.at(step) for step in (mix.from_step, *plan.batch.starts) if mix.from_step <= step < end}
-        )
-        batch = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        unit = " of one language" if mix.block > 1 else ""
-        yield f"  stage '{mix.name}', steps {mix.from_step} to {end}, {batch} windows a step{unit}: {served:,} windows"
-        if len(plan.mixes) > 1:
-            for name in sorted(mix.weights):
-                yield f"    {name}: {counts[name]:,} windows ({100 * counts[name] / max(1, served):.2f} %)"
-    counts, epochs = plan.ranks(steps), plan.epochs(steps)
-    for name in plan.languages:
-        repeated = "  REPEATS" if epochs[name] > 1 else ""
-        whose = f", the windows of {run.data[name].original}" if name in run.data and run.data[name].original else ""
-        yield (
-            f"  {name}: {counts[name]:,} windows, {counts[name] * length:,} tokens "
-            f"({100 * counts[name] / windows:.2f} %), {epochs[name]:.3f} epochs of {plan.windows[name]:,} windows"
-            f"{whose}{repeated}"
-        )
-    sets = validation_sets(run.recipe.data, run.recipe.training.validation_windows)
-    for name, languages in sets.items():
-        words = ", ".join(f"{code} {one.windows.count}" for code, one in languages.items())
-        yield f"validation '{name}', windows: {words}"
-    for warning in warnings(run):
-        yield f"note: {warning}"
-
-
-def warnings(run: Run) -> Iterator[str]:
-    """What should be known of a run's data before its first step, though nothing is wrong with it."""
-    yield from beyond_cap(run.recipe.data, run.plan, run.recipe.training.total_steps)
-
-
-def memory(run: Run) -> dict[str, float]:
-    """Bytes of the rank that holds most, by part: arithmetic on shapes, not a measurement."""
-    model, layout, runtime = run.recipe.model, run.layout, run.runtime
-    from xlmega.models.decoder import shard_axis
-    from xlmega.models.head import CHUNK_BYTES
-
-    def held_by_rank(shapes: dict[str, tuple[int, ...]]) -> float:
-        return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
-
-    layers = -(-model.num_layers // layout.pp)
-    d, w, f = model.hidden_size, model.attention_width, model.ffn_hidden_size
-    layer = held_by_rank(model.layer_shapes())
-    words = model.vocab_size * d / layout.tp
-    ends = words * (1 if model.tied or layout.pp > 1 else 2)
-    ends += held_by_rank(model.sense_shapes())
-    held = layers * layer + ends + (model.max_positions * d if model.positions == "learned" else 0)
-    width = 4 if runtime.precision == "fp32" else 2
-    shared = layout.dp if runtime.zero_stage else 1
-    tokens = runtime.micro_batch_windows * run.recipe.data.sequence_length
-    in_flight = min(layout.pp, run.micro_batches)
-    # Kept for the backward pass, in values per token of a layer: norms, q k v, attention and the two MLP widths.
-    attention, mlp = w + model.qkv_width, (4 if model.gated_mlp else 2) * f
-    kept = {
-        "none": 6 * d + (attention + mlp) / layout.tp,
-        "selective": 5 * d + attention / layout.tp,
-        "full": d,
-    }
-    # A Backpack's senses, were all tokens distinct: the vectors and, in the backward pass, their fp32 gradient; and one
-    # window of both. Alpha is never held.
-    vectors = model.num_senses * d / layout.tp * (tokens + run.recipe.data.sequence_length) * (width + 4)
-    return {
-        "weights": held * width / (layout.dp if runtime.zero_stage == 3 else 1),
-        "master weights": 0.0 if width == 4 and runtime.zero_stage == 0 else held * 4 / shared,
-        "gradients": held * 4 / (layout.dp if runtime.zero_stage >= 2 else 1),
-        "moments": held * 8 / shared,
-        "activations": in_flight * tokens * width * layers * kept[run.recompute] + vectors,
-        "logits": min(CHUNK_BYTES, tokens * model.vocab_size / layout.tp * width) + words * 4,
-    }
