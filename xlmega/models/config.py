@@ -128,6 +128,8 @@ class ModelConfig:
             yield f"sense_intermediate_scale must be at least 1, but is {self.sense_intermediate_scale}."
         if not self.tied or self.embedding_scale != 1.0:
             yield "a Backpack's head is its word embedding, unscaled: tied must be true and embedding_scale 1."
+        if self.norm != "layernorm" or self.gated_mlp:
+            yield "a Backpack's norms are layer norms and its MLPs are not gated."
         if self.dropout or self.attention_dropout:
             yield "a Backpack knows no dropout: senses are computed once for each distinct token, not at each position."
 

@@ -33,6 +33,7 @@ from xlmega.weights.names import (
     heads_to_blocks,
     logical_shapes,
     scaled,
+    senses_to_blocks,
     zero_groups,
 )
 
@@ -68,6 +69,10 @@ class Family:
     """Knows fewer heads of keys than of queries, and heads that do not fill the hidden size."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ModelConfig of which the family's code knows one value."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other names under which a shared tensor may be stored instead, or once more."""
+    code: str = ""
+    """The package whose files an export brings along, where transformers has no code of its own for the family."""
 
 
 _LAYER_NORMED: dict[str, Any] = {
@@ -78,6 +83,15 @@ _LAYER_NORMED: dict[str, Any] = {
     "parallel_residual": False,
     "embedding_norm": False,
     "layer_scaled_attention": False,
+}
+
+_GPT2_LAYER: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("ln_1",),
+    QKV: ("attn.c_attn",),
+    PROJ: ("attn.c_proj",),
+    "pre_mlp_layernorm": ("ln_2",),
+    FC1: ("mlp.c_fc",),
+    FC2: ("mlp.c_proj",),
 }
 
 FAMILIES: dict[str, Family] = {
@@ -105,14 +119,7 @@ FAMILIES: dict[str, Family] = {
             "decoder.final_layernorm": "ln_f",
         },
         "h.{}.",
-        {
-            "input_layernorm": ("ln_1",),
-            QKV: ("attn.c_attn",),
-            PROJ: ("attn.c_proj",),
-            "pre_mlp_layernorm": ("ln_2",),
-            FC1: ("mlp.c_fc",),
-            FC2: ("mlp.c_proj",),
-        },
+        _GPT2_LAYER,
         transposed=True,
         fixed={key: value for key, value in _LAYER_NORMED.items() if key != "layer_scaled_attention"}
         | {"positions": "learned"},
@@ -154,6 +161,40 @@ FAMILIES: dict[str, Family] = {
         },
         fused_by_head=True,
         fixed=_LAYER_NORMED | {"positions": "alibi", "embedding_norm": True, "activation": "gelu_tanh"},
+    ),
+    "backpack": Family(
+        "backpack",
+        "backpack.",
+        {
+            "embedding.word_embeddings": "gpt2_model.wte",
+            "embedding.position_embeddings": "gpt2_model.wpe",
+            "decoder.final_layernorm": "gpt2_model.ln_f",
+            "senses.query_key": "sense_weight_net.c_attn",
+            "senses.input_layernorm": "sense_network.ln",
+            "senses.mlp_layernorm": "sense_network.block.ln_1",
+            "senses.mlp.linear_fc1": "sense_network.block.mlp.c_fc",
+            "senses.mlp.linear_fc2": "sense_network.block.mlp.c_proj",
+            "senses.output_layernorm": "sense_network.block.ln_2",
+            "senses.expand": "sense_network.final_mlp.c_fc",
+            "senses.output": "sense_network.final_mlp.c_proj",
+            "senses.joint_layernorm": "sense_network.joint_ln",
+        },
+        "gpt2_model.h.{}.",
+        _GPT2_LAYER,
+        transposed=True,
+        fixed={
+            "positions": "learned",
+            "norm": "layernorm",
+            "gated_mlp": False,
+            "parallel_residual": False,
+            "embedding_norm": False,
+        },
+        # The embeddings have several names in the published code; a file may hold any of them.
+        aliases={
+            "backpack.gpt2_model.wte.weight": ("backpack.word_embeddings.weight", "lm_head.weight"),
+            "backpack.gpt2_model.wpe.weight": ("backpack.position_embeddings.weight",),
+        },
+        code="xlmega.weights.backpack_code",
     ),
     "llama": Family(
         "llama",
@@ -232,7 +273,17 @@ def _pieces(config: ModelConfig, family: Family) -> dict[str, tuple[Piece, ...]]
         f"{FC1}.weight": (*fc1, *last),
         f"{FC1}.bias": fc1,
         f"{FC2}.weight": last,
+        **_pieces_of_senses(config),
     }
+
+
+def _pieces_of_senses(config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+    if not config.backpack_variant:
+        return {}
+    halves = (senses_to_blocks(config.num_senses),)
+    linear = ("mlp.linear_fc1", "mlp.linear_fc2", "expand", "output")
+    transposed: dict[str, tuple[Piece, ...]] = {f"senses.{name}.weight": (TRANSPOSE,) for name in linear}
+    return {"senses.query_key.weight": halves, "senses.query_key.bias": halves, **transposed}
 
 
 def folded_scale(config: ModelConfig) -> float:

@@ -142,6 +142,31 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_backpack(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["BackpackForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_backpack.BackpackConfig",
+            "AutoModel": "modeling_backpack.BackpackModel",
+            "AutoModelForCausalLM": "modeling_backpack.BackpackForCausalLM",
+        },
+        "variant": config.backpack_variant,
+        "n_embd": config.hidden_size,
+        "n_inner": config.ffn_hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.max_positions,
+        "num_senses": config.num_senses,
+        "sense_intermediate_scale": config.sense_intermediate_scale,
+        "activation_function": ACTIVATIONS[config.activation],
+        "layer_norm_epsilon": config.layernorm_epsilon,
+        "initializer_range": config.init_std,
+        "linear_bias": config.linear_bias,
+        "norm_bias": config.norm_bias,
+        "scale_attn_by_inverse_layer_idx": config.layer_scaled_attention,
+    }
+
+
 def _shared(config: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_size": config.hidden_size,
@@ -167,6 +192,7 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "neox": _write_neox,
     "bloom": _write_bloom,
     "llama": _write_llama,
+    "backpack": _write_backpack,
 }
 
 
@@ -256,6 +282,7 @@ _OBSTACLES: dict[str, Callable[[Any], Iterator[str]]] = {
     "neox": _neox_obstacles,
     "bloom": _bloom_obstacles,
     "llama": _llama_obstacles,
+    "backpack": lambda theirs: iter(()),
 }
 
 
@@ -331,6 +358,25 @@ def _read_llama(theirs: Any) -> dict[str, Any]:
     }
 
 
+def _read_backpack(theirs: Any) -> dict[str, Any]:
+    return {
+        "backpack_variant": theirs.variant,
+        "ffn_hidden_size": 4 * theirs.n_embd if theirs.n_inner is None else theirs.n_inner,
+        "max_positions": theirs.n_positions,
+        "positions": "learned",
+        "embedding_scale": 1.0,
+        "activation": _THEIR_ACTIVATIONS[theirs.activation_function],
+        "layernorm_epsilon": theirs.layer_norm_epsilon,
+        "init_std": theirs.initializer_range,
+        "residual_init": "both",
+        "linear_bias": theirs.linear_bias,
+        "norm_bias": theirs.norm_bias,
+        "layer_scaled_attention": theirs.scale_attn_by_inverse_layer_idx,
+        "num_senses": theirs.num_senses,
+        "sense_intermediate_scale": theirs.sense_intermediate_scale,
+    }
+
+
 def _read_shared(theirs: Any) -> dict[str, Any]:
     return {
         "ffn_hidden_size": theirs.intermediate_size,
@@ -348,6 +394,7 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "neox": _read_neox,
     "bloom": _read_bloom,
     "llama": _read_llama,
+    "backpack": _read_backpack,
 }
 
 

@@ -1,6 +1,7 @@
 """Models that others saved with torch.save, read as LogicalTensors.
 
-In: X-ELM's consolidated metaseq files (fairseq's XGLM has the same names), a state dict of one of the Hugging Face
+In: X-ELM's consolidated metaseq files (fairseq's XGLM has the same names), the state dict of a Backpack by its authors'
+code or nanoBackpack's (`weights.backpack_files`), a state dict of one of the Hugging Face
 families (`.pt`, `.bin`, sharded `pytorch_model-*.bin`), or a directory of DeepSpeed's engine under any ZeRO stage.
 Out: the same as a Hugging Face directory gives. What a file cannot say of its model is read from a config.json beside
 it or above it, or where `config_folder` says; metaseq files say it themselves, in the arguments of their training.
@@ -19,6 +20,7 @@ import torch
 
 from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig
+from xlmega.weights.backpack_files import backpack_in
 from xlmega.weights.deepspeed_zero import open_zero, zero_folder
 from xlmega.weights.directory import TensorStore
 from xlmega.weights.huggingface import HuggingFaceDirectory, read_config
@@ -57,6 +59,8 @@ def open_foreign(path: Path, config_folder: Path | None = None) -> HuggingFaceDi
         tensors = tensors_in(stored, path)
         if _METASEQ_EMBEDDING in tensors:
             return _metaseq(path, stored, tensors)
+        if (backpack := backpack_in(path, stored, tensors, config_folder)) is not None:
+            return HuggingFaceDirectory(path, backpack[0], TorchTensors(backpack[1]))
         return _with_config(path, config_folder, TorchTensors(tensors))
     if not path.is_dir():
         raise CheckpointError(f"there is no file or directory '{path}'.")

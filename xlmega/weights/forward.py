@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from xlmega.models.activations import activation_of
 from xlmega.models.config import ModelConfig
 from xlmega.models.positions import alibi_slopes, rotated, sinusoidal_positions
+from xlmega.weights.backpack_forward import mixed
 from xlmega.weights.names import OUTPUT_LAYER, POSITION_EMBEDDING, WORD_EMBEDDING, LogicalTensors
 
 
@@ -36,7 +37,7 @@ class PlainModel(Protocol):
 
 
 class PlainDecoder:
-    """A decoder of any family but Backpack."""
+    """A decoder of any family."""
 
     def __init__(
         self,
@@ -45,13 +46,23 @@ class PlainDecoder:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         resident: bool = True,
+        sense_factors_VK: torch.Tensor | None = None,
     ) -> None:
         self.config = source.config
+        self._sense_factors_VK = sense_factors_VK
         self._source, self._dtype, self._device, self._resident = source, dtype, torch.device(device), resident
         self._kept: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L, D] behind the final norm; of a Backpack the mix of senses."""
+        hidden_BLD = self.contextualised(ids_BL)
+        if not self.config.backpack_variant:
+            return hidden_BLD
+        return mixed(self.config, self._tensor, hidden_BLD, ids_BL.to(self._device), self._sense_factors_VK)
+
+    @torch.inference_mode()
+    def contextualised(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, D] behind the final norm."""
         config, ids_BL = self.config, ids_BL.to(self._device)
         hidden_BLD = F.embedding(ids_BL, self._tensor(WORD_EMBEDDING)) * config.embedding_scale
@@ -138,6 +149,7 @@ def plain_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     resident: bool = True,
+    sense_factors_VK: torch.Tensor | None = None,
 ) -> PlainModel:
-    """The forward pass of a model, whatever its family."""
-    return PlainDecoder(source, dtype=dtype, device=device, resident=resident)
+    """The forward pass of a model, whatever its family; the factors are by what senses of a Backpack are multiplied."""
+    return PlainDecoder(source, dtype=dtype, device=device, resident=resident, sense_factors_VK=sense_factors_VK)

@@ -12,6 +12,9 @@ logical model's logits; memory holds one tensor at a time; a directory appears w
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +92,7 @@ def export_huggingface(
             for name, value in tokenizer_files(vocabulary, config.max_positions).items():
                 files.append(write_json(part / name, value))
             files.extend(copy_folder(vocabulary_folder, part / "vocabulary"))
+        files.extend(write_text(part / name, text) for name, text in _code_of(config).items())
     return [output / path.relative_to(part) for path in files]
 
 
@@ -112,8 +116,13 @@ class HuggingFaceDirectory:
         self._stored = {
             theirs: theirs.removeprefix(prefix) if bare else theirs for row in table for theirs in row.theirs
         }
+        ignored = {family.head}  # a tied head, stored once more
+        for name, others in family.aliases.items():
+            present = [one for one in (self._stored[name], *others) if one in self._tensors.shapes]
+            self._stored[name] = present[0] if present else name
+            ignored |= {name, *others}
         wanted = {self._stored[name]: shape for name, shape in their_shapes(self.config, table).items()}
-        ignored = {family.head} - wanted.keys()  # a tied head, stored once more
+        ignored -= wanted.keys()
         found = {
             name: shape
             for name, shape in self._tensors.shapes.items()
@@ -188,7 +197,7 @@ def verify_huggingface(source: LogicalTensors, output: Path) -> Verified:
 
     Tensors and token ids must be equal, logits and losses within TOLERANCES. Holds the whole model in memory, in fp32.
     """
-    import transformers
+    transformers = _transformers()
 
     loading: Any = transformers.AutoModelForCausalLM.from_pretrained(
         output, dtype="auto", local_files_only=True, output_loading_info=True
@@ -233,7 +242,7 @@ def _token_losses(logits_BLV: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tenso
 def _verify_tokenizer(output: Path) -> int:
     if not (output / "tokenizer.json").is_file():
         return 0
-    import transformers
+    transformers = _transformers()
 
     vocabulary = load_vocabulary(output / "vocabulary")
     tokenizer = transformers.AutoTokenizer.from_pretrained(output, local_files_only=True)
@@ -259,14 +268,45 @@ def _their_tensors(source: LogicalTensors, table: Iterable[Row]) -> Iterator[tup
         yield from zip(row.theirs, row.to_theirs(source.read(row.logical)), strict=True)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory; refuses what our decoders do not compute."""
+def _code_of(config: ModelConfig) -> dict[str, str]:
+    """The files that an export brings along where transformers has no code of its own for the family."""
+    if not (package := family_of(config).code):
+        return {}
+    files = importlib.resources.files(package).iterdir()
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted(files, key=lambda file: file.name)
+        if file.name.endswith(".py") and file.name != "__init__.py"
+    }
+
+
+@functools.lru_cache
+def _transformers() -> Any:
+    """transformers, which knows our own families: code that an exported directory brings along is never run here."""
     import transformers
 
+    from xlmega.weights.backpack_code.configuration_backpack import BackpackConfig
+    from xlmega.weights.backpack_code.modeling_backpack import BackpackForCausalLM, BackpackModel
+
+    transformers.AutoConfig.register("backpack", BackpackConfig, exist_ok=True)
+    transformers.AutoModel.register(BackpackConfig, BackpackModel, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(BackpackConfig, BackpackForCausalLM, exist_ok=True)
+    return transformers
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face directory; refuses what our decoders do not compute."""
+    transformers = _transformers()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{folder}' is not a Hugging Face directory: it has no config.json.")
     try:
-        theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "num_senses" in stored and stored.get("model_type") != "backpack":
+            # The published Backpack calls itself a gpt2; what its config leaves out is as ours leaves it out.
+            stored = {key: value for key, value in stored.items() if key not in ("model_type", "auto_map")}
+            theirs = transformers.AutoConfig.for_model("backpack", **stored)
+        else:
+            theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a damaged or newer config makes transformers raise is the file's fault
         raise CheckpointError(f"transformers cannot read '{folder / 'config.json'}': {error}") from error
     return from_theirs(folder, theirs)
@@ -304,7 +344,7 @@ def sample_text(
     seed: int = 0,
 ) -> list[str]:
     """How the exported model goes on after each prompt at a document's beginning; transformers does it all."""
-    import transformers
+    transformers = _transformers()
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(export, local_files_only=True)

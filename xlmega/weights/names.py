@@ -121,6 +121,11 @@ def heads_to_blocks(num_groups: int, queries_each: int = 1) -> Piece:
     return Piece(forward, backward)
 
 
+def senses_to_blocks(num_senses: int) -> Piece:
+    """Rows (sense, its queries|its keys, width) to rows (queries of all|keys of all, width)."""
+    return Piece(lambda x: _swap_leading(x, num_senses, 2), lambda x: _swap_leading(x, 2, num_senses))
+
+
 # Rows that take turns (gate, value, gate, value) to rows of one and then of the other.
 TURNS_TO_BLOCKS = Piece(lambda x: _swap_leading(x, x.shape[0] // 2, 2), lambda x: _swap_leading(x, 2, x.shape[0] // 2))
 
