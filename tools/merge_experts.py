@@ -41,8 +41,8 @@ def main() -> None:
     else:
         weights = args.weights or uniform(len(args.experts))
     mean = Mean([open_source(expert, args.config) for expert in args.experts], weights)
-    shares = {str(expert): round(weight, 6) for expert, weight in zip(args.experts, mean.weights, strict=True)}
-    for expert, share in shares.items():
+    shares = list(zip(args.experts, mean.weights, strict=True))
+    for expert, share in shares:
         print(f"{share:8.6f}  {expert}")
     settings = {"dtype": args.dtype, "overwrite": args.overwrite, "vocabulary_folder": mean.vocabulary_folder}
     if args.to == "hf":
@@ -50,7 +50,7 @@ def main() -> None:
 
         card = {
             "name": args.output.name,
-            "mean of": ", ".join(f"{share:g} x {expert}" for expert, share in shares.items()),
+            "mean of": ", ".join(f"{share:g} x {expert}" for expert, share in shares),
         }
         files = export_huggingface(mean, args.output, card=card, **settings)
     else:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import theirs
 import torch
@@ -192,6 +193,32 @@ def test_a_lone_file_needs_a_config_and_wrappers_are_seen_through(tmp_path: Path
         open_source(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_an_error_of_the_file(zipped: bool, tmp_path: Path) -> None:
+    """Flipped bits, noise, cuts and gaps: a message, or (where only values were hit) a model of the same shape."""
+    path, draw = tmp_path / "consolidated.pt", np.random.default_rng(0)
+    stored = {"args": argparse.Namespace(**ARGUMENTS), "model": metaseq_state(xglm())}
+    torch.save(stored, path, _use_new_zipfile_serialization=zipped)
+    whole, refused = path.read_bytes(), 0
+    for trial in range(60):
+        data, at = bytearray(whole), int(draw.integers(len(whole)))
+        if trial % 4 == 0:
+            data[at % 3000] ^= 1 << int(draw.integers(8))
+        elif trial % 4 == 1:
+            del data[at:]
+        elif trial % 4 == 2:
+            data[at % 3000 : at % 3000 + 32] = draw.bytes(32)
+        else:
+            del data[at : at + 100]
+        path.write_bytes(data)
+        try:
+            source = open_foreign(path)
+            assert all(tuple(source.read(name).shape) == source.shape(name) for name in source.names())
+        except CheckpointError:
+            refused += 1
+    assert refused >= 30
+
+
 # -------------------------------------------------------------------- hostile files
 
 
@@ -364,6 +391,24 @@ def test_a_deepspeed_directory_that_is_not_whole_is_refused(saved: Path) -> None
     with pytest.raises(CheckpointError, match=r"names '../elsewhere', which is not a folder beside it"):
         open_source(saved / "zero2dp2")
     latest.write_text("global_step2")
+
+
+def test_data_that_is_laid_out_otherwise_is_refused(tmp_path: Path) -> None:
+    model, optimizer = tmp_path / "mp_rank_00_model_states.pt", tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"module": {"w": torch.ones(2)}, "param_shapes": 3}, model)
+    gpt2().config.save_pretrained(tmp_path)
+    for state, message in (
+        ({"zero_stage": "two", "partition_count": 1}, "not laid out"),
+        ({"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": [torch.ones(2)]}, "not laid out"),
+        ({"zero_stage": 2}, "has no 'partition_count'"),
+        ({}, "has no 'zero_stage'"),
+    ):
+        torch.save({"optimizer_state_dict": state}, optimizer)
+        with pytest.raises(CheckpointError, match=message):
+            open_source(tmp_path)
+    torch.save([1], optimizer)
+    with pytest.raises(CheckpointError, match="it holds a list"):
+        open_source(tmp_path)
 
 
 def test_values_are_taken_across_the_parts_of_a_line() -> None:

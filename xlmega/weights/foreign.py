@@ -52,6 +52,13 @@ def is_foreign(path: Path) -> bool:
 
 def open_foreign(path: Path, config_folder: Path | None = None) -> HuggingFaceDirectory:
     """The model in a file or directory of another trainer; refuses what is no data or no model of ours."""
+    try:
+        return _opened(path, config_folder)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # data, but laid out otherwise
+        raise CheckpointError(f"'{path}' is not laid out as trainers lay out their models: {error!r}.") from error
+
+
+def _opened(path: Path, config_folder: Path | None) -> HuggingFaceDirectory:
     if path.is_dir() and (path / CONSOLIDATED).is_file():
         path = path / CONSOLIDATED
     if path.is_file():

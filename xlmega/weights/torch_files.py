@@ -87,8 +87,8 @@ def read_torch(path: Path) -> Any:
         refused = sorted(name for name in _wanted(path, zipped) if name not in TENSOR_NAMES | INERT_NAMES)
     except OSError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"'{path}' is damaged or not a file of torch.save: {error}.") from None
+    except Exception as error:  # whatever a damaged file makes the parsers raise is the file's fault
+        raise CheckpointError(f"'{path}' is damaged or not a file of torch.save: {error!r}.") from None
     if refused:
         raise CheckpointError(
             f"'{path}' asks for {', '.join(refused)}. Weights are tensors in plain containers; a file that wants to "
@@ -145,12 +145,12 @@ class TorchTensors:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, in memory of its own."""
-        return self._tensors[name].detach().clone()
+        """The tensor as stored; of a mapped file, its pages, which are read as they are used."""
+        return self._tensors[name].detach()
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of the tensor as stored."""
-        return self._tensors[name].detach()[slices].clone()
+        return self._tensors[name].detach()[slices]
 
 
 def torch_folder(folder: Path) -> TorchTensors:
