@@ -14,6 +14,8 @@ TRACK = ["wandb>=0.18", "tensorboard>=2.16"]
 TYPOLOGY = ["lang2vec>=1.1.2,<2"]
 # Parquet, data sets of the Hugging Face hub, and language identification; each is asked for by name when it is missing.
 TEXT = ["datasets>=4", "pyarrow>=17", "py3langid>=0.4"]
+# OPUS by name, and sentence embeddings (LaBSE).
+BITEXT = [*TEXT, "opustools>=1.7", "sentence-transformers>=5"]
 
 setup(
     name="xlmega",
@@ -45,11 +47,11 @@ setup(
         "mpi": ["mpi4py>=3.1"],
         "eval": ["lm_eval>=0.4.8"],
         "text": TEXT,
-        "bitext": [*TEXT, "opustools>=1.7", "sentence-transformers>=5"],
+        "bitext": BITEXT,
         "track": TRACK,
         "typology": TYPOLOGY,
         "dev": [
-            *TEXT,
+            *BITEXT,
             *TRACK,
             *TYPOLOGY,
             "pytest>=8",
