@@ -72,10 +72,13 @@ class IndexedTokens:
     def document_starts(self) -> npt.NDArray[np.int64]:
         """[documents + 1]: where each document begins in `tokens`; the last is `num_tokens`."""
         pointers = np.fromfile(
-            _with(self.path, ".idx"), dtype="<i8", count=self.num_documents, offset=HEADER.size + 4 * self.num_documents
+            with_suffix(self.path, ".idx"),
+            dtype="<i8",
+            count=self.num_documents,
+            offset=HEADER.size + 4 * self.num_documents,
         )
         starts = np.append(pointers // self.tokens.itemsize, self.num_tokens)
-        lengths = np.fromfile(_with(self.path, ".idx"), dtype="<i4", count=self.num_documents, offset=HEADER.size)
+        lengths = np.fromfile(with_suffix(self.path, ".idx"), dtype="<i4", count=self.num_documents, offset=HEADER.size)
         if starts[0] != 0 or np.any(np.diff(starts) != lengths) or lengths.min() < 1:
             raise DataError(f"'{self.path}.idx' is damaged: its documents are not in order. Tokenise that split again.")
         return starts
@@ -84,14 +87,16 @@ class IndexedTokens:
     def document_lengths(self) -> npt.NDArray[np.int32]:
         """[documents]: tokens of each document, memory-mapped; read-only."""
         return np.memmap(
-            _with(self.path, ".idx"), dtype="<i4", mode="r", offset=HEADER.size, shape=(self.num_documents,)
+            with_suffix(self.path, ".idx"), dtype="<i4", mode="r", offset=HEADER.size, shape=(self.num_documents,)
         )
 
     @cached_property
     def _pointers(self) -> npt.NDArray[np.int64]:
         """[documents]: the byte at which each document begins, memory-mapped."""
         offset = HEADER.size + 4 * self.num_documents
-        return np.memmap(_with(self.path, ".idx"), dtype="<i8", mode="r", offset=offset, shape=(self.num_documents,))
+        return np.memmap(
+            with_suffix(self.path, ".idx"), dtype="<i8", mode="r", offset=offset, shape=(self.num_documents,)
+        )
 
     def document_span(self, index: int) -> tuple[int, int]:
         """Where a document begins and ends in `tokens`, read where it stands: the index is not loaded."""
@@ -117,9 +122,9 @@ class IndexedTokens:
 
 def open_tokens(prefix: Path) -> IndexedTokens:
     """Memory-map PREFIX.bin after checking that .bin, .idx and .json are whole and agree."""
-    manifest = read_manifest(_with(prefix, ".json"))
+    manifest = read_manifest(with_suffix(prefix, ".json"))
     for suffix, due in ((".bin", manifest.bin_bytes), (".idx", manifest.idx_bytes)):
-        file = _with(prefix, suffix)
+        file = with_suffix(prefix, suffix)
         if not file.is_file():
             raise DataError(f"'{file}' is missing, but its manifest is there. Copy it too, or tokenise again.")
         if file.stat().st_size != due:
@@ -129,7 +134,7 @@ def open_tokens(prefix: Path) -> IndexedTokens:
             )
     documents, itemsize = manifest.documents, np.dtype(manifest.dtype).itemsize
     due_header = (MAGIC, 1, DTYPE_CODES[manifest.dtype], documents, documents + 1)
-    with _with(prefix, ".idx").open("rb") as index:
+    with with_suffix(prefix, ".idx").open("rb") as index:
         header = HEADER.unpack(index.read(HEADER.size).ljust(HEADER.size, b"\0"))
     sizes_agree = (
         manifest.idx_bytes == HEADER.size + 4 * documents + 8 * documents + 8 * (documents + 1)
@@ -141,7 +146,7 @@ def open_tokens(prefix: Path) -> IndexedTokens:
             f"'{prefix}.idx' and its manifest disagree: the header is {header} where {due_header} is due, for "
             f"{manifest.bin_bytes} bytes of {manifest.dtype} tokens. They belong to different runs: tokenise again."
         )
-    tokens = np.memmap(_with(prefix, ".bin"), dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
+    tokens = np.memmap(with_suffix(prefix, ".bin"), dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
     return IndexedTokens(prefix, manifest, tokens)
 
 
@@ -156,11 +161,11 @@ def verify(prefix: Path) -> Manifest:
 def damage(prefixes: Sequence[Path], share: int = 0, shares: int = 1) -> str:
     """What hashing finds wrong with token files, '' if nothing. Of all their blocks, each of `shares` callers reads
     every `shares`-th, so that a single large file is no one rank's work."""
-    manifests = [(prefix, read_manifest(_with(prefix, ".json"))) for prefix in prefixes]
+    manifests = [(prefix, read_manifest(with_suffix(prefix, ".json"))) for prefix in prefixes]
     blocks = [(prefix, *block) for prefix, manifest in manifests for block in manifest.blocks()]
     for prefix, suffix, offset, size, due in blocks[share::shares]:
         try:
-            found = _sha256(_with(prefix, suffix), offset, size)
+            found = _sha256(with_suffix(prefix, suffix), offset, size)
         except OSError as error:
             return f"cannot read '{prefix}{suffix}': {error.strerror or error}."
         if found != due:
@@ -249,10 +254,10 @@ class IndexedWriter:
         self._hash = BlockHash(HASH_BLOCK_BYTES)
         with write_errors(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            _with(prefix, ".json").unlink(missing_ok=True)  # what it described is about to be replaced
+            with_suffix(prefix, ".json").unlink(missing_ok=True)  # what it described is about to be replaced
             if state is None:
                 for suffix in (".bin", ".lengths"):
-                    _part(_with(prefix, suffix)).write_bytes(b"")
+                    _part(with_suffix(prefix, suffix)).write_bytes(b"")
             else:
                 self._restore(state)
 
@@ -261,11 +266,11 @@ class IndexedWriter:
         self._min_id, self._max_id = int(state["min_id"]), int(state["max_id"])
         self._hash = BlockHash(HASH_BLOCK_BYTES, tuple(state["bin_blocks"]))
         size = self._tokens * self._dtype.itemsize
-        bin_ = _with(self._prefix, ".bin")
+        bin_ = with_suffix(self._prefix, ".bin")
         if bin_.is_file() and not _part(bin_).exists():  # stopped between two steps of `finish`
             bin_.replace(_part(bin_))
         for suffix, due in ((".bin", size), (".lengths", 4 * self._documents)):
-            file = _part(_with(self._prefix, suffix))
+            file = _part(with_suffix(self._prefix, suffix))
             if not file.is_file() or file.stat().st_size < due:
                 raise DataError(f"'{file}' is shorter than the {due} bytes that were written to it.")
             os.truncate(file, due)
@@ -316,7 +321,7 @@ class IndexedWriter:
         if not self._pending and not sync:
             return
         for at, suffix in enumerate((".bin", ".lengths")):
-            with write_errors(self._prefix), _part(_with(self._prefix, suffix)).open("ab") as file:
+            with write_errors(self._prefix), _part(with_suffix(self._prefix, suffix)).open("ab") as file:
                 for pieces in self._pending:
                     file.write(pieces[at])
                     if at == 0:
@@ -349,7 +354,7 @@ class IndexedWriter:
                 f"0 to {vocabulary_size - 1}. Was the text encoded with another vocabulary?"
             )
         self.flush(sync=True)
-        idx, bin_ = _with(prefix, ".idx"), _with(prefix, ".bin")
+        idx, bin_ = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         with write_errors(prefix):
             idx_blocks = write_index(_part(idx), self._dtype.name, self._documents, self._spilled_lengths)
             manifest = Manifest(
@@ -376,8 +381,8 @@ class IndexedWriter:
             )
             _part(bin_).replace(bin_)
             _part(idx).replace(idx)
-            write_manifest(_with(prefix, ".json"), manifest)
-            _part(_with(prefix, ".lengths")).unlink()
+            write_manifest(with_suffix(prefix, ".json"), manifest)
+            _part(with_suffix(prefix, ".lengths")).unlink()
         self._closed = True
         return manifest
 
@@ -385,10 +390,10 @@ class IndexedWriter:
         """Give up: remove the *.part files (nothing happens after `finish`)."""
         self._pending.clear()
         for suffix in () if self._closed else (".bin", ".lengths", ".idx"):
-            _part(_with(self._prefix, suffix)).unlink(missing_ok=True)
+            _part(with_suffix(self._prefix, suffix)).unlink(missing_ok=True)
 
     def _spilled_lengths(self) -> Iterator[npt.NDArray[np.int32]]:
-        with _part(_with(self._prefix, ".lengths")).open("rb") as file:
+        with _part(with_suffix(self._prefix, ".lengths")).open("rb") as file:
             while data := file.read(4 * BLOCK):
                 yield np.frombuffer(data, dtype="<i4")
 
@@ -432,7 +437,8 @@ def write_errors(prefix: Path) -> Iterator[None]:
         ) from None
 
 
-def _with(prefix: Path, suffix: str) -> Path:
+def with_suffix(prefix: Path, suffix: str) -> Path:
+    """PREFIX.bin, .idx or .json."""
     # Not Path.with_suffix: a language such as 'zh.Hant' has a dot of its own.
     return prefix.with_name(prefix.name + suffix)
 

@@ -105,7 +105,7 @@ def tokenize_corpus(
                 "files with this vocabulary. Use it as it is, choose another output, or add --overwrite to make it "
                 "again."
             )
-        _place_vocabulary(vocabulary, output / "vocabulary", overwrite)
+        place_vocabulary(vocabulary, output / "vocabulary", overwrite)
         if len(sources) > 1:
             say(f"{split.name} and the splits beside it: {', '.join(source.name for source in sources[1:])}")
         results = []
@@ -353,7 +353,8 @@ def _check_overwrite(sources: list[Path], vocabulary: Vocabulary, output: Path) 
             )
 
 
-def _place_vocabulary(vocabulary: Vocabulary, folder: Path, overwrite: bool) -> None:
+def place_vocabulary(vocabulary: Vocabulary, folder: Path, overwrite: bool) -> None:
+    """Put the vocabulary beside its tokens; refuses a folder that holds another one."""
     if folder.exists():
         try:
             if load_vocabulary(folder).hash == vocabulary.hash:
