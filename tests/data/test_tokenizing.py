@@ -266,9 +266,28 @@ def test_a_worker_that_is_killed_is_one_message(made_corpus: Path, made_vocabula
     script = (
         "import os, signal, sys; from pathlib import Path; from xlmega.data import encoding, tokenizing;"
         "from xlmega.errors import run_main;"
-        "encoding.parse_document = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "encoding.parse_document = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL);"
         "run_main(lambda: tokenizing.tokenize_corpus(*map(Path, sys.argv[1:]), workers=2))"
     )
     where = [str(made_corpus / "valid"), str(made_vocabulary), str(tmp_path / "t")]
     run = subprocess.run([sys.executable, "-c", script, *where], capture_output=True, text=True)
     assert run.returncode == 2 and "was killed, most likely for want of memory" in run.stderr
+
+
+def test_many_languages_in_one_file_need_few_open_files(made_vocabulary: Path, tmp_path: Path) -> None:
+    codes = [f"l{k:03d}" for k in range(300)]
+    split = tmp_path / "train"
+    corpus.write_documents(split / "00000" / "a.jsonl", [Document(f"{code} tel", code, "1") for code in codes * 2])
+    script = (
+        "import resource, sys; from pathlib import Path; from xlmega.data import tokenizing;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
+        "tokenizing.tokenize_corpus(*map(Path, sys.argv[1:]), workers=2)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, (split, made_vocabulary, tmp_path / "t"))], check=False
+    )
+    assert run.returncode == 0
+    vocab = vocabulary.load_vocabulary(made_vocabulary)
+    tokens = indexed.open_corpus(tmp_path / "t", "train")
+    assert list(tokens) == codes
+    assert all(one.tokens.tolist() == [*vocab.encode(f"{code} tel"), 2] * 2 for code, one in tokens.items())

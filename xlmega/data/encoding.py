@@ -58,7 +58,8 @@ def encode_block(block: Block, vocabulary: Vocabulary, form: Form) -> list[Encod
     texts: dict[str, list[str]] = {}
     for number, line in enumerate(block.data.split(b"\n"), start=block.first):
         if line and not line.isspace():
-            document = parse_document(block.file, number, parse_record(block.file, number, line))
+            record = parse_record(block.file, number, line)
+            document = parse_document(block.file, number, record, escaped=b"\\u" in line)
             texts.setdefault(document.language, []).append(document.text)
     prefix, suffix = np.array(form.prefix, np.int32), np.array(form.suffix, np.int32)
     dtype, found = token_dtype(vocabulary.size), []

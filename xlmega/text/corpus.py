@@ -81,8 +81,11 @@ def read_documents(file: Path) -> Iterator[Document]:
         yield parse_document(file, number, record)
 
 
-def parse_document(file: Path, number: int, record: Mapping[str, Any]) -> Document:
-    """The document that a line of a file is; a DataError that says what is wrong with it."""
+def parse_document(file: Path, number: int, record: Mapping[str, Any], *, escaped: bool = True) -> Document:
+    """The document that a line of a file is; a DataError that says what is wrong with it.
+
+    `escaped` says whether the line may hold `\\u` escapes: without any, nothing in it is half of a surrogate pair.
+    """
     folder = file.parent.name
     text, language, key = record.get("text"), record.get("lang"), record.get("id")
     if not isinstance(text, str):
@@ -100,7 +103,7 @@ def parse_document(file: Path, number: int, record: Mapping[str, Any]) -> Docume
             f"{file}:{number}: {language!r} cannot be a language code. It names files, so it is made of letters, "
             "digits, '_', '-' and '.', begins with a letter or digit and has at most 64 characters."
         )
-    if has_surrogate(text):
+    if escaped and has_surrogate(text):
         raise DataError(
             f"{file}:{number}: the text holds half of a surrogate pair, which is no character. "
             "Write it again with whole characters, for example text.encode('utf-8', 'replace').decode()."
@@ -111,7 +114,7 @@ def parse_document(file: Path, number: int, record: Mapping[str, Any]) -> Docume
             "move the document; documents of several languages go into numbered folders, such as 00000."
         )
     key = f"{folder}/{file.name}:{number}" if key is None else str(key)
-    if has_surrogate(key):
+    if escaped and has_surrogate(key):
         raise DataError(f"{file}:{number}: the id {key!r} holds half of a surrogate pair, which is no character.")
     return Document(text, language, key)
 

@@ -102,8 +102,8 @@ class SentencePieceVocabulary(Vocabulary):
         self.specials = dict(specials)
         # Characters that SentencePiece would not give back as they are; these go straight to byte pieces.
         unk = self._processor.unk_id()
-        outside = SPACE if self._processor.piece_to_id(SPACE) != unk else SPACE + " "
-        self._outside = re.compile(f"[{outside}]+")
+        self._outside_characters = SPACE if self._processor.piece_to_id(SPACE) != unk else SPACE + " "
+        self._outside = re.compile(f"[{self._outside_characters}]+")
 
     def piece(self, id: int) -> str:
         return self._pieces[id]
@@ -186,7 +186,7 @@ class SentencePieceVocabulary(Vocabulary):
         """The text cut into (segment, is outside SentencePiece's alphabet); a function of the text alone."""
         for segment in self._segments(text):
             first = 0
-            if self._outside.search(segment):
+            if any(character in segment for character in self._outside_characters):
                 for found in self._outside.finditer(segment):
                     if found.start() > first:
                         yield segment[first : found.start()], False

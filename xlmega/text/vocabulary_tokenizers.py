@@ -90,7 +90,8 @@ class TokenizersVocabulary(Vocabulary):
     @cached_property
     def byte_ids(self) -> list[int]:
         if self._is_byte_level:
-            return [self._tokenizer.token_to_id(character) for character in _bytes_by_character()]
+            known = map(self._tokenizer.token_to_id, _bytes_by_character())
+            return [id for id in known if id is not None]
         return [id for id, piece in enumerate(self._pieces) if _BYTE_PIECE.fullmatch(piece)]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
