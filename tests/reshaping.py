@@ -134,11 +134,13 @@ def compare(
     Where both compute in one precision the source left alone is what to be, else one process of the target's precision
     that loaded the same checkpoint: it must be among the targets. Distances by kind: (pairs, loss, norm, weights).
     """
-    ranks = max(trained.world_size(case) for case in sources)
-    alone = worlds.run(ranks, write_sources, largest_first(sources), folder=folder / "sources", timeout=3000)
+    ranks = [max(trained.world_size(case) for case in cases) for cases in (sources, targets)]
     runs = {case["name"]: str(folder / "sources" / case["name"]) for case in sources}
-    ranks = max(trained.world_size(case) for case in targets)
-    loaded = worlds.run(ranks, load_targets, largest_first(targets), runs, folder=folder / "targets", timeout=6000)
+    alone, loaded = worlds.run_in_turn(
+        (ranks[0], write_sources, [largest_first(sources)], folder / "sources"),
+        (ranks[1], load_targets, [largest_first(targets), runs], folder / "targets"),
+        timeout=9000,
+    )
     problems: list[str] = []
     distances: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for source in sources:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,40 @@ TESTS = Path(__file__).resolve().parent
 
 def run(num_ranks: int, function: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = 600) -> list[Any]:
     """`function(rank, folder, *arguments)` in every rank; JSON-able results in rank order. A failed rank is raised."""
-    name = f"{Path(sys.modules[function.__module__].__file__ or '').resolve().relative_to(TESTS)}:{function.__name__}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "call.json").write_text(json.dumps({"function": name, "arguments": arguments}))
+    return run_in_turn((num_ranks, function, arguments, folder), timeout=timeout)[0]
+
+
+def run_in_turn(*calls: tuple[int, Callable[..., Any], Sequence[Any], Path], timeout: float = 600) -> list[list[Any]]:
+    """Several worlds (ranks, function, arguments, folder), one after the other, for the imports of one."""
+    folder, table = calls[0][3], []
+    for num_ranks, function, arguments, place in calls:
+        module = Path(sys.modules[function.__module__].__file__ or "").resolve().relative_to(TESTS)
+        place.mkdir(parents=True, exist_ok=True)
+        table.append([num_ranks, str(module), function.__name__, arguments, str(place)])
+    (folder / "calls.json").write_text(json.dumps(table))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(TESTS / "worlds.py"), str(folder), str(num_ranks)]
+    command = [sys.executable, str(TESTS / "worlds.py"), str(folder)]
     with (folder / "world.log").open("wb") as log:
         world = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        code: int | None = None
         try:
-            code: int | None = world.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = world.wait(timeout)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(world.pid, signal.SIGKILL)  # the world and every rank of it
+            if code != 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(world.pid, signal.SIGKILL)  # the world and every rank of it
             world.wait()
     if code != 0:
-        failed = [rank for rank in range(num_ranks) if (folder / f"rank{rank}.failed").exists()]
-        logs = [folder / (f"rank{failed[0]}.log" if failed else "rank0.log"), folder / "world.log"]
-        words = next((text for log in logs if log.exists() and (text := log.read_text(errors="replace"))), "")
-        state = f"rank {failed[0]} failed" if failed else "not done in time" if code is None else "no rank could start"
+        failed = [log for *_, place in calls for log in sorted(place.glob("rank*.failed"))]
+        state = f"{failed[0].stem} failed" if failed else "not done in time" if code is None else "no rank could start"
+        logs = [*failed, *sorted(calls[-1][3].glob("rank*.log")), folder / "world.log"]
+        words = next((text for log in logs if (text := log.read_text(errors="replace"))), "")
         raise AssertionError(f"{state}:\n{words[-6000:]}")
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+    return [
+        [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+        for num_ranks, *_, place in calls
+    ]
 
 
 def free_port() -> int:
@@ -84,25 +96,25 @@ def forget_groups() -> None:
 
 
 def _main() -> None:
-    folder, num_ranks = Path(sys.argv[1]), int(sys.argv[2])
-    call = json.loads((folder / "call.json").read_text())
-    path, name = call["function"].split(":")
-    sys.path[:0] = [str(TESTS), str((TESTS / path).parent)]
-    function = getattr(importlib.import_module(Path(path).stem), name)
+    calls = json.loads((Path(sys.argv[1]) / "calls.json").read_text())
+    sys.path[:0] = [str(TESTS), *(str((TESTS / module).parent) for _, module, *_ in calls)]
+    functions = [getattr(importlib.import_module(Path(module).stem), name) for _, module, name, *_ in calls]
     if "xlmega.training.engine" in sys.modules:
         importlib.import_module("deepspeed")
-    ranks = {}
-    for rank in range(num_ranks):
-        pid = os.fork()
-        if pid == 0:
-            _be(rank, folder, function, call["arguments"])
-        ranks[pid] = rank
-    while ranks:
-        pid, status = os.wait()
-        rank = ranks.pop(pid)
-        if status:
-            (folder / f"rank{rank}.failed").write_text(str(status))
-            sys.exit(1)  # whoever started the world ends the other ranks
+    for function, (num_ranks, *_, arguments, folder) in zip(functions, calls, strict=True):
+        ranks = {}
+        for rank in range(num_ranks):
+            pid = os.fork()
+            if pid == 0:
+                _be(rank, Path(folder), function, arguments)
+            ranks[pid] = rank
+        while ranks:
+            pid, status = os.wait()
+            rank = ranks.pop(pid)
+            if status:
+                log = Path(folder) / f"rank{rank}.log"
+                log.replace(log.with_suffix(".failed"))
+                sys.exit(1)  # whoever started the world ends the other ranks
 
 
 def _be(rank: int, folder: Path, function: Callable[..., Any], arguments: list[Any]) -> None:
