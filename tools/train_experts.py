@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from xlmega.errors import ConfigError, run_main
-from xlmega.experts.branching import Experts, summary
+from xlmega.experts.branching import STOPPED, Experts, summary
 from xlmega.experts.plan import Resolved, read_plan
 from xlmega.experts.slurm import submit
 
@@ -60,6 +60,8 @@ def main() -> int:
     for line in summary(experts):
         print(line)
     print(f"wrote {args.output}: {len(chosen) - len(failed)} of {len(chosen)} experts are trained")
+    if failed and all(state.kind == "stopped" for state in failed):
+        return STOPPED
     return 1 if failed else 0
 
 

@@ -37,6 +37,8 @@ from xlmega.training.checkpoint import list_checkpoints
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain.py"
 PROGRESS_SECONDS = 10.0
+STOPPED = 75
+"""pretrain.py's exit code when it was asked to stop: it saved, and goes on when started again."""
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
@@ -141,7 +143,7 @@ class Experts:
         exit_file = self._beside(expert, ".exit.json")
         if exit_file.is_file():
             told = json.loads(exit_file.read_text(encoding="utf-8"))
-            if told["exit"] != 0:
+            if told["exit"] not in (0, STOPPED):
                 return State(expert, "failed", f"FAILED with {told['exit']} at {course}: {told['said']}")
         if step or run.is_dir():
             return State(expert, "stopped", f"stopped at {course}")
