@@ -297,6 +297,23 @@ def test_the_first_clone_shares_no_window_until_both_have_used_the_file_up() -> 
     assert len(set(again[0][:100])) == 100, "each goes on through its own epoch"
 
 
+def test_a_unit_of_a_batch_gives_each_step_one_language() -> None:
+    made = settings_of({"unit": "batch", "languages": {"en": 3.0, "fr": 1.0}})
+    languages = languages_of(made, FOUR)
+    plan = plan_for(made, languages, batch=Stages((0, 8), (6, 10)), total_steps=16)
+    steps = [set(plan.slots(np.arange(plan.first_slot(k), plan.first_slot(k + 1)))[0].tolist()) for k in range(16)]
+    assert [min(one) for one in steps] == [0, 0, 1, 0] * 4 and all(len(one) == 1 for one in steps)
+    assert plan.ranks(16) == {"en": 6 * 6 + 6 * 10, "fr": 2 * 6 + 2 * 10}
+
+
+def test_a_unit_of_a_document_counts_documents() -> None:
+    """Both have 20 documents; those of b are three times as long, and are served as often as those of a."""
+    corpus = {"a": in_memory(161, documents=[8] * 19 + [9]), "b": in_memory(481, documents=[24] * 19 + [25])}
+    made = settings_of({"unit": "document", "frac_validation": 0.0, "languages": {"a": 1.0, "b": 1.0}})
+    plan = plan_for(made, languages_of(made, corpus), batch=8, total_steps=10)
+    assert plan.ranks(10) == {"a": 20, "b": 60} and plan.epochs(10) == {"a": 1.0, "b": 1.0}
+
+
 def test_stages_by_steps_and_by_tokens() -> None:
     stages = (StageSettings("b", from_step=10), StageSettings("c", from_tokens=8 * (10 * 4 + 15 * 10 - 1.0)))
     made = settings_of({"stages": stages})
