@@ -44,6 +44,12 @@ def megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def anonymous_megabytes() -> float:
+    """Memory that is this process' own now, without pages of files that are merely mapped."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
 # -------------------------------------------------------------------- 10^12 tokens
 
 
@@ -180,20 +186,25 @@ def measure_build(system: str, root: Path, samples: int) -> dict[str, float]:
             import megatron.core.datasets.gpt_dataset  # noqa: F401
 
             begin_group()
-            before = megabytes()
+            before = megabytes(), anonymous_megabytes()
             started = time.perf_counter()
             dataset = open_megatron(root, samples, Path(cache))
             dataset[0]
         else:
             import torch  # noqa: F401  (so that both stand on the same memory)
 
-            before = megabytes()
+            before = megabytes(), anonymous_megabytes()
             started = time.perf_counter()
             batches, _ = open_batches(root, PEER_LENGTH, 128, languages={}, temperature=1e9)
             batches.at(0)
         seconds = time.perf_counter() - started
         written = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
-        return {"seconds": seconds, "megabytes": megabytes() - before, "written_megabytes": written / 2**20}
+        return {
+            "seconds": seconds,
+            "peak_megabytes": megabytes() - before[0],
+            "own_megabytes": anonymous_megabytes() - before[1],
+            "written_megabytes": written / 2**20,
+        }
 
 
 def measure_reading(root: Path, samples: int) -> dict[str, float]:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from streams import EOD, batches_of, in_memory, languages_of, settings_of
+from streams import EOD, VOCABULARY, batches_of, in_memory, languages_of, plan_for, settings_of
 
 from xlmega.data import documents
+from xlmega.data.batches import Batches, Reading
 from xlmega.data.documents import document_numbers, document_windows, num_parts
 from xlmega.data.indexed import IndexedWriter, open_tokens
 from xlmega.errors import DataError
+from xlmega.text.remapping import cloned
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -128,3 +130,13 @@ def test_documents_of_real_files(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"en\.idx' is damaged: document 7 is no part of the tokens"):
         [open_tokens(tmp_path / "train" / "en").document_span(k) for k in range(300)]
+
+
+def test_padding_stays_padding_in_a_clone_of_a_vocabulary_without_any() -> None:
+    corpus = {"en": in_memory(30, documents=[5] * 6)}
+    made = settings_of({"windows": "documents", "frac_validation": 0.0, "num_cloned_languages": 1, "p_clone": 1.0})
+    languages = languages_of(made, corpus)
+    reading = Reading(cloned(VOCABULARY, 1, pad_id=None))
+    plan = plan_for(made, languages, batch=6)
+    batch = Batches(languages, plan, reading, micro_batch_windows=6, dp_rank=0, dp_size=1).at(0)
+    assert (batch.tokens[..., :5] >= VOCABULARY).all() and (batch.tokens[..., 5:] == 0).all()
