@@ -11,7 +11,9 @@ of its own and times itself without imports and without loading the vocabulary:
   (imap, chunks of 32, as its preprocessing does), Megatron-core's IndexedDatasetBuilder, one file a language.
 - sentencepiece list, sentencepiece numpy: only `encode` with threads on texts in memory; no reading, no writing.
 
-The peak is the resident memory of the tokenising process and of its largest worker, as the kernel counts it.
+CPU seconds are those of the process and its workers for the same work; unlike MB/s they hardly depend on what else the
+machine does. The peak is the resident memory of the tokenising process and of its largest worker, as the kernel counts
+it.
 """
 
 from __future__ import annotations
@@ -50,13 +52,15 @@ def xlmega(vocabulary: Path, output: Path, workers: int, corpus: Path = CORPUS) 
 
     def timed(folder: Path) -> Any:
         nonlocal took
-        begun = time.perf_counter()
+        global _cpu_before
+        begun, cpu_begun = time.perf_counter(), cpu()
         found = load(folder)
         took += time.perf_counter() - begun
+        _cpu_before += cpu() - cpu_begun
         return found
 
     tokenizing.load_vocabulary = encoding.load_vocabulary = timed  # type: ignore[assignment]
-    begun = time.perf_counter()
+    begun = start()
     tokenizing.tokenize_corpus(corpus, vocabulary, output, workers=workers, only=True)
     return time.perf_counter() - begun - took
 
@@ -85,7 +89,7 @@ def megatron(vocabulary: Path, output: Path, workers: int) -> float:
     output.mkdir()
     with multiprocessing.get_context("fork").Pool(workers, _begin, (vocabulary,)) as pool:
         pool.map(_encode, [b'{"text": "x"}'] * workers)  # the pool is up before the clock starts
-        begun = time.perf_counter()
+        begun = start()
         for file in sorted(CORPUS.glob("*/*.jsonl.gz")):
             prefix = output / file.parent.name
             builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -93,14 +97,17 @@ def megatron(vocabulary: Path, output: Path, workers: int) -> float:
                 for ids in pool.imap(_encode, lines, 32):
                     builder.add_document(torch.IntTensor(ids), [len(ids)])
             builder.finalize(f"{prefix}.idx")
-        return time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        pool.close()
+        pool.join()
+    return seconds
 
 
 def sentencepiece_threads(vocabulary: Path, return_type: Any, workers: int) -> float:
     held = texts()
     _begin(vocabulary)
     _processor.encode(held[:100], return_type=return_type, num_threads=workers)
-    begun = time.perf_counter()
+    begun = start()
     _processor.encode(held, return_type=return_type, num_threads=workers)
     return time.perf_counter() - begun
 
@@ -114,7 +121,23 @@ def run_one(name: str, vocabulary: Path, workers: int) -> None:
             seconds = megatron(vocabulary, output, workers)
         else:
             seconds = sentencepiece_threads(vocabulary, "numpy" if name.endswith("numpy") else int, workers)
-    print(json.dumps({"seconds": seconds, **peaks()}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu() - _cpu_before, **peaks()}))
+
+
+_cpu_before = 0.0
+
+
+def start() -> float:
+    """The clock at the beginning of what is timed."""
+    global _cpu_before
+    _cpu_before = cpu()
+    return time.perf_counter()
+
+
+def cpu() -> float:
+    """Seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(code) for code in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def peaks() -> dict[str, float]:
@@ -177,16 +200,19 @@ def main() -> None:
             )
         return None
     rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    cpus: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     memory: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
         for name in CONTENDERS:
             memory[name] = call(*own, "--one", name)
             rates[name].append(megabytes / memory[name]["seconds"])
-    print("| contender | MB/s | xlmega over it | peak MB, own | largest child |\n|---|---|---|---|---|")
+            cpus[name].append(memory[name]["cpu"])
+    print("| contender | MB/s | xlmega over it | CPU s | peak MB, own | largest child |\n|---|---|---|---|---|---|")
     for name in CONTENDERS:
         ratio = statistics.median(a / b for a, b in zip(rates["xlmega"], rates[name], strict=True))
         row, rate = memory[name], statistics.median(rates[name])
-        print(f"| {name} | {rate:.1f} | {ratio:.2f} | {row['own_mb']:.0f} | {row['child_mb']:.0f} |")
+        seconds = statistics.median(cpus[name])
+        print(f"| {name} | {rate:.1f} | {ratio:.2f} | {seconds:.2f} | {row['own_mb']:.0f} | {row['child_mb']:.0f} |")
     print(f"load average at the end {os.getloadavg()[0]:.1f}")
     return None
 

@@ -145,19 +145,20 @@ def test_damaged_text_stops_it_and_publishes_nothing(made_vocabulary: Path, tmp_
 
 # Kills itself at the n-th of the moments at which something is written, renamed or made safe.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from xlmega.data import indexed, tokenizing
 
 tokenizing.BLOCK_BYTES, tokenizing.PENDING_BYTES, tokenizing.JOURNAL_SECONDS = 20_000, 10_000, 0
-left = int(sys.argv[4])
+left, lock = int(sys.argv[4]), threading.Lock()
 
 def counted(call):
     def run(*args, **settings):
         global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with lock:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         return call(*args, **settings)
     return run
 

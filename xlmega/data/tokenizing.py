@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 BLOCK_BYTES = CHUNK_BYTES
 PENDING_BYTES = 64 << 20
 """Tokens held back for all languages together."""
+SYNCING_THREADS = 8
+"""Making a language's files safe is waiting for the disk, and there may be a thousand languages."""
 PROGRESS_SECONDS = 5.0
 JOURNAL_SECONDS = 30.0
 JOURNAL = "journal"
@@ -197,9 +200,9 @@ class _Work:
             if not (self.part / f"{language}.json").exists():  # else it was finished, and only the split was not
                 self.writers[language] = IndexedWriter(self.part / language, self._dtype, state)
             self._utf8_bytes[language] = int(state["utf8_bytes"])
-        known = {f"{language}.{end}" for language in self._utf8_bytes for end in ("bin.part", "lengths.part")}
+        known = {f"{language}.{end}" for language in self.writers for end in ("bin.part", "lengths.part")}
         for file in self.part.glob("*.part"):
-            if file.name not in known:  # of a language that came after the journal
+            if file.name not in known:  # of a language that came after the journal, or was finished
                 file.unlink()
         self.blocks, self.file = int(told["blocks"]), str(told["file"])
         self._first, self._offset = int(told["first"]), int(told["offset"])
@@ -243,7 +246,9 @@ class _Work:
 
     def journal(self) -> None:
         """Make everything so far safe and note where it stands."""
-        languages = {code: writer.state() for code, writer in self.writers.items()}
+        with ThreadPoolExecutor(SYNCING_THREADS) as pool:
+            states = pool.map(IndexedWriter.state, self.writers.values())
+            languages = dict(zip(self.writers, states, strict=True))
         for code, size in self._utf8_bytes.items():
             languages.setdefault(code, {})["utf8_bytes"] = size
         told = {
@@ -264,12 +269,14 @@ class _Work:
     def finish(self, **about: Any) -> tuple[Manifest, ...]:
         """Publish every language's files within the split's folder."""
         self.journal()
-        return tuple(
-            self.writers[code].finish(language=code, utf8_bytes=self._utf8_bytes[code], **about)
-            if code in self.writers
-            else read_manifest(self.part / f"{code}.json")
-            for code in self.languages
-        )
+
+        def manifest(code: str) -> Manifest:
+            if code not in self.writers:
+                return read_manifest(self.part / f"{code}.json")
+            return self.writers[code].finish(language=code, utf8_bytes=self._utf8_bytes[code], **about)
+
+        with ThreadPoolExecutor(SYNCING_THREADS) as pool:
+            return tuple(pool.map(manifest, self.languages))
 
 
 class _Progress:
