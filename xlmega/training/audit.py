@@ -64,8 +64,9 @@ def audited(run: Path) -> Audit:
         return result
     plan = recorded.plan
     history = read_history(run)
-    steps = _check_steps(result, plan, history.steps, read_facts(run)["recipe"])
+    steps = max((record["step"] for record in history.steps), default=0)
     _describe(result, plan, recorded.changes, steps)
+    _check_steps(result, plan, history.steps, read_facts(run)["recipe"])
     _check_windows(result, plan, steps)
     _check_checkpoints(result, run, plan, recorded.data, steps)
     return result
@@ -84,8 +85,8 @@ def _describe(result: Audit, plan: Plan, changes: tuple[dict[str, Any], ...], st
         result.lines.append(f"  changed on the resume at step {change.get('at_step')}: {keys}")
 
 
-def _check_steps(result: Audit, plan: Plan, records: tuple[dict[str, Any], ...], recipe: dict[str, Any]) -> int:
-    """Compare each step's record with the plan; how many steps there are."""
+def _check_steps(result: Audit, plan: Plan, records: tuple[dict[str, Any], ...], recipe: dict[str, Any]) -> None:
+    """Compare each step's record with the plan."""
     told = [record["step"] for record in records]
     due = list(range(1, len(told) + 1))
     if told != due:
@@ -107,7 +108,6 @@ def _check_steps(result: Audit, plan: Plan, records: tuple[dict[str, Any], ...],
         if packed:
             _check_counts(result, plan, step, languages, record.get("tokens_by_language", {}), length)
     result.lines.append(f"{hashed} of {len(records)} steps: the windows that were read are those of the plan")
-    return max(told, default=0)
 
 
 def _check_counts(
