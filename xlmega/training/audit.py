@@ -100,8 +100,9 @@ def _check_steps(result: Audit, plan: Plan, records: tuple[dict[str, Any], ...],
         slots = np.arange(plan.first_slot(step), plan.first_slot(step + 1))
         languages, windows = plan.slots(slots)
         if "served" in record:
-            hashed += 1
-            if int(plan.hashes(slots, languages, windows).sum()) != record["served"]:
+            same = int(plan.hashes(slots, languages, windows).sum()) == record["served"]
+            hashed += same
+            if not same:
                 result.fault(
                     f"step {step + 1} was trained on other windows than the plan's, slots {slots[0]} to {slots[-1]}"
                 )
