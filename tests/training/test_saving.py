@@ -291,16 +291,12 @@ def test_any_operation_may_fail(
 def test_what_reads_back_otherwise_is_not_published(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = storage.sha256_of
+    class RottenOs(faults.FaultyOs):
+        def fsync(self, descriptor: int) -> None:
+            os.fsync(descriptor)
+            os.pwrite(descriptor, b"\x55", 700)
 
-    def rotten(path: Path, *, from_disk: bool = False) -> str:
-        if from_disk:
-            with path.open("r+b") as file:
-                file.seek(700)
-                file.write(b"\x55")
-        return real(path)
-
-    monkeypatch.setattr(storage, "sha256_of", rotten)
+    monkeypatch.setattr(storage, "os", RottenOs(10**9, faults.FULL))
     (outcome,) = Saver(engine, tmp_path, ALL).save(6, {})
     assert "reads back otherwise" in outcome.problem and list_checkpoints(tmp_path) == []
 

@@ -33,7 +33,11 @@ def write(path: Path) -> dict[str, Any]:
     return file.finish()
 
 
-def test_what_is_written_is_safetensors_and_the_digest_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [16, 1 << 23])
+def test_what_is_written_is_safetensors_and_the_digest_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(storage, "BLOCK_BYTES", block)
     told = write(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
