@@ -2,7 +2,8 @@
 
 SOURCE is a run directory (its newest checkpoint), one checkpoint, a Hugging Face directory, a logical directory, or
 what other trainers save: consolidated.pt of metaseq, a .pt or .bin file, a directory of DeepSpeed. Its files show
-which. A recipe can start from the logical form (init.weights).
+which. A recipe can start from the logical form (init.weights). The vocabulary goes along: a run's own, the copy that an
+export holds, or the tokenizer of a directory of transformers.
     python tools/convert_checkpoint.py runs/first --to hf --output exports/first --dtype bfloat16 --verify
     python tools/convert_checkpoint.py downloads/xglm-564M --to logical --output models/xglm-564m
 """
@@ -10,11 +11,14 @@ which. A recipe can start from the logical form (init.weights).
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from xlmega.config import read_toml
-from xlmega.errors import CheckpointError, ConfigError, run_main
-from xlmega.training.checkpoint import open_source
+from xlmega.errors import CheckpointError, ConfigError, DataError, run_main
+from xlmega.text.vocabulary import import_vocabulary
+from xlmega.training.checkpoint import Checkpoint, open_source
+from xlmega.weights.card import card_of
 from xlmega.weights.directory import DTYPES, check_free, write_logical
 from xlmega.weights.huggingface import export_huggingface, verify_huggingface
 
@@ -38,13 +42,16 @@ def main() -> None:
         raise CheckpointError(f"--output is the source itself, '{args.source}'. Choose another.")
     check_free(args.output, overwrite=args.overwrite)
     source = open_source(args.source, args.config)
-    vocabulary = args.vocabulary or source.vocabulary_folder
-    settings = {"dtype": args.dtype, "overwrite": args.overwrite, "vocabulary_folder": vocabulary}
-    if args.to == "hf":
-        step = {"step": source.step} if hasattr(source, "step") else {}
-        files = export_huggingface(source, args.output, card={"name": args.output.name, **step, **card}, **settings)
-    else:
-        files = write_logical(source, args.output, **settings)
+    with tempfile.TemporaryDirectory() as work:
+        vocabulary = args.vocabulary or source.vocabulary_folder or tokenizer_of(args.source, Path(work))
+        settings = {"dtype": args.dtype, "overwrite": args.overwrite, "vocabulary_folder": vocabulary}
+        if args.to == "hf":
+            known = card_of(source.manifest["facts"], source.step) if isinstance(source, Checkpoint) else {}
+            files = export_huggingface(
+                source, args.output, card={"name": args.output.name, **known, **card}, **settings
+            )
+        else:
+            files = write_logical(source, args.output, **settings)
     if args.verify:
         found = verify_huggingface(source, args.output)
         print(f"verified: {found.describe()}")
@@ -54,6 +61,18 @@ def main() -> None:
     print(
         f"wrote {args.output}: {len(files)} files, {size / 1e6:.1f} MB, {source.config.num_parameters():,} parameters"
     )
+
+
+def tokenizer_of(source: Path, work: Path) -> Path | None:
+    """The tokenizer that lies in a directory of transformers, taken over as a vocabulary under `work`."""
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model")):
+        return None
+    try:
+        import_vocabulary(source, work / "vocabulary")
+    except (ConfigError, DataError) as error:
+        print(f"the tokenizer in '{source}' is left out: {error}")
+        return None
+    return work / "vocabulary"
 
 
 if __name__ == "__main__":

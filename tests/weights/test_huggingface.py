@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.models.config import ModelConfig, model_config
 from xlmega.text.vocabulary import load_vocabulary
+from xlmega.weights import names
 from xlmega.weights.directory import open_logical_directory, write_logical
+from xlmega.weights.families import folded_scale
 from xlmega.weights.huggingface import (
     SAMPLES,
     export_huggingface,
@@ -84,6 +86,9 @@ class Drawn:
 
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        return self.tensors[name][slices]
 
 
 def tensors_of(source: LogicalTensors) -> dict[str, torch.Tensor]:
@@ -163,9 +168,9 @@ def test_the_bare_gpt2_of_the_hub_is_read_and_its_buffers_ignored(tmp_path: Path
 def test_shards_and_dtypes(tmp_path: Path) -> None:
     source = Drawn(XGLM)
     export_huggingface(source, tmp_path / "out", vocabulary_folder=None, dtype="bfloat16", shard_bytes=40_000)
-    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
-    assert max((tmp_path / "out" / name).stat().st_size for name in names) < 50_000
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert max((tmp_path / "out" / name).stat().st_size for name in files) < 50_000
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * source.config.num_parameters()
     back = tensors_of(open_huggingface(tmp_path / "out"))
@@ -176,6 +181,22 @@ def test_shards_and_dtypes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'model.layer_norm.bias' has values that are not finite"):
         export_huggingface(source, tmp_path / "half", vocabulary_folder=None, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written stays
+
+
+def test_large_tensors_are_passed_on_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in CONFIGS.items():
+        export_huggingface(Drawn(config), tmp_path / name, vocabulary_folder=None)
+    monkeypatch.setattr(names, "PART_ELEMENTS", 1000)
+    for name, config in CONFIGS.items():
+        export_huggingface(Drawn(config), tmp_path / f"{name}_parts", vocabulary_folder=None)
+        verify_huggingface(Drawn(config), tmp_path / f"{name}_parts")
+        write_logical(open_huggingface(tmp_path / name), tmp_path / f"{name}_logical")
+        export_huggingface(
+            open_logical_directory(tmp_path / f"{name}_logical"), tmp_path / f"{name}_back", vocabulary_folder=None
+        )
+        for other in ("parts", "back") if folded_scale(config) == 1.0 else ("parts",):
+            whole, found = (tmp_path / folder / "model.safetensors" for folder in (name, f"{name}_{other}"))
+            assert whole.read_bytes() == found.read_bytes(), (name, other)
 
 
 def test_an_occupied_output_is_refused_and_overwritten_when_asked(tmp_path: Path) -> None:

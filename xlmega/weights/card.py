@@ -6,7 +6,9 @@ In: a ModelConfig and a table of what else is known. Out: Markdown with the fron
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from xlmega.models.config import ModelConfig
@@ -58,6 +60,48 @@ def model_card(config: ModelConfig, dtype: str, card: Mapping[str, Any], vocabul
     if card.get("recipe"):
         lines += ["", "## Recipe", "", "```toml", str(card["recipe"]).strip(), "```"]
     return "\n".join(head + lines) + "\n"
+
+
+def card_of(facts: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What a checkpoint's `facts` tell of its run, as a card: step, data, tokens seen per language, recipe."""
+    recipe = facts.get("recipe", {})
+    card: dict[str, Any] = {"step": step}
+    if root := recipe.get("data", {}).get("root"):
+        card["data"] = f"Token files `{PurePath(root).name}`; what was seen of each language is below."
+    if languages := facts.get("tokens_by_language"):
+        card["languages"] = dict(languages)
+    if recipe:
+        card["recipe"] = as_toml(recipe)
+    return card
+
+
+def as_toml(tables: Mapping[str, Any]) -> str:
+    """Tables of plain values as TOML; what is None is left out."""
+    plain = [
+        f"{_key(key)} = {_value(value)}"
+        for key, value in tables.items()
+        if value is not None and not isinstance(value, Mapping)
+    ]
+    parts = ["\n".join(plain)] if plain else []
+    for name, table in tables.items():
+        if isinstance(table, Mapping):
+            lines = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if value is not None]
+            parts.append("\n".join([f"[{_key(name)}]", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {_value(one)}" for key, one in value.items() if one is not None) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)  # inf and nan are spelt as in Python
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def _written_into(config: ModelConfig) -> list[str]:

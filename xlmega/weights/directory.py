@@ -16,6 +16,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from xlmega import config as tables
 from xlmega.errors import CheckpointError, ConfigError
 from xlmega.models.config import ModelConfig
-from xlmega.weights.names import LogicalTensors, logical_shapes
+from xlmega.weights.names import LogicalTensors, logical_shapes, parts_of
 
 SHARD_BYTES = 2_000_000_000
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,7 +47,8 @@ def dtype_named(name: str) -> torch.dtype:
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """`tensor` in `dtype`; a CheckpointError if a value is not finite there (fp16 ends at 65504)."""
     result = tensor.to(dtype)
-    if not torch.isfinite(result).all():
+    # A sum is finite only where all its terms are, and takes one pass without memory; where it is not, look closely.
+    if not torch.isfinite(result.sum(dtype=torch.float32)) and not torch.isfinite(result).all():
         largest = tensor.abs().max().item()
         raise CheckpointError(
             f"'{name}' has values that are not finite as {dtype}; its largest magnitude is {largest:.4g}."
@@ -109,17 +111,25 @@ def write_tensors(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Stream `tensors`, which come in the order of `shapes`, into `model*.safetensors` in `folder`."""
+    """Stream `tensors` into `model*.safetensors` in `folder`.
+
+    They come in the order of `shapes`, whole or in consecutive parts of their first axis; the next one is made while
+    one is written.
+    """
     shards = _plan_shards(shapes, dtype, shard_bytes)
     files = [folder / shard_name(index, len(shards)) for index in range(len(shards))]
+    made = _ahead((name, cast(part.detach().cpu(), dtype, name).contiguous()) for name, part in tensors)
     for path, names in zip(files, shards, strict=True):
         with path.open("wb") as file:
             file.write(safetensors_header({name: shapes[name] for name in names}, dtype))
             for name in names:
-                given, tensor = next(tensors)
-                assert given == name and tuple(tensor.shape) == shapes[name], (given, tensor.shape, name, shapes[name])
-                data = cast(tensor.detach().cpu(), dtype, name).contiguous()
-                file.write(data.view(torch.uint8).numpy().data)
+                missing = math.prod(shapes[name])
+                while missing:
+                    given, part = next(made)
+                    assert given == name and part.shape[1:] == shapes[name][1:], (given, part.shape, name, shapes[name])
+                    missing -= part.numel()
+                    assert missing >= 0, (name, missing)
+                    file.write(part.view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
     if len(files) == 1:
@@ -130,6 +140,15 @@ def write_tensors(
         "weight_map": {name: path.name for path, names in zip(files, shards, strict=True) for name in names},
     }
     return [*files, write_json(folder / INDEX_NAME, index)]
+
+
+def _ahead(items: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """`items`, each made in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -195,12 +214,17 @@ def write_logical(
     shapes = logical_shapes(source.config)
     check_complete(source)
     with published(output, overwrite=overwrite) as part:
-        files = write_tensors(part, shapes, ((name, source.read(name)) for name in shapes), stored, shard_bytes)
+        files = write_tensors(part, shapes, _logical_tensors(source), stored, shard_bytes)
         model = {"format_version": FORMAT_VERSION, "config": tables.to_table(source.config)}
         files.append(write_json(part / MODEL_NAME, model))
         if vocabulary_folder is not None:
             files.extend(copy_folder(vocabulary_folder, part / "vocabulary"))
     return [output / path.relative_to(part) for path in files]
+
+
+def _logical_tensors(source: LogicalTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in logical_shapes(source.config):
+        yield from ((name, part) for part in parts_of(source, name))
 
 
 class LogicalDirectory:

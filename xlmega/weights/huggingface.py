@@ -45,7 +45,7 @@ from xlmega.weights.directory import (
 from xlmega.weights.families import family_of, family_table
 from xlmega.weights.family_configs import from_theirs, to_table
 from xlmega.weights.forward import plain_model
-from xlmega.weights.names import OUTPUT_LAYER, LogicalTensors, Row, logical_shapes
+from xlmega.weights.names import OUTPUT_LAYER, LogicalTensors, Row, logical_shapes, parts_of
 from xlmega.weights.tokenizer_json import tokenizer_files
 
 # What older releases of these families stored beside the parameters: masks and computed position tables.
@@ -149,8 +149,8 @@ class HuggingFaceDirectory:
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of the logical tensor in fp32; only that is read where the family stores the tensor as it is."""
         row = self._rows[name]
-        if len(row.theirs) == 1 and not row.pieces:
-            return self._tensors.read_slice(self._stored[row.theirs[0]], slices).float()
+        if row.by_rows:
+            return row.to_logical([self._tensors.read_slice(self._stored[row.theirs[0]], slices)]).float()
         return self.read(name)[slices].float()
 
     def read_theirs(self, name: str) -> torch.Tensor:
@@ -206,14 +206,16 @@ def verify_huggingface(source: LogicalTensors, output: Path) -> Verified:
     loose = [f"{kind}: {sorted(report[kind])}" for kind in ("missing_keys", "unexpected_keys") if report.get(kind)]
     if loose:
         raise CheckpointError(f"transformers does not load all of '{output}': {'; '.join(loose)}.")
-    loaded, num_tensors = model.state_dict(), 0
+    loaded = model.state_dict()
     for row in (table := family_table(source.config)):
         if row.logical == OUTPUT_LAYER:  # GPT-NeoX's has another name in its files than in its code
             loaded[row.theirs[0]] = model.get_output_embeddings().weight.detach()
-    for name, tensor in _their_tensors(source, table):
-        if not torch.equal(loaded[name], cast(tensor, loaded[name].dtype, name)):
+    compared: dict[str, int] = {}
+    for name, part in _their_tensors(source, table):
+        first = compared.get(name, 0)
+        compared[name] = first + len(part)
+        if not torch.equal(loaded[name][first : compared[name]], cast(part, loaded[name].dtype, name)):
             raise CheckpointError(f"'{output}' has other values in '{name}' than its source: export it again.")
-        num_tensors += 1
     tolerance = TOLERANCES[model.dtype]
     length = min(64, source.config.max_positions)
     ids_BL = torch.arange(2 * length).mul(7919).remainder(source.config.vocab_size).view(2, length)
@@ -231,7 +233,7 @@ def verify_huggingface(source: LogicalTensors, output: Path) -> Verified:
             f"'{output}' computes other logits than its source: they differ by {difference:.3g} and losses by "
             f"{losses:.3g} nats, where {tolerance:g} times the largest logit, {largest:.3g}, would be rounding."
         )
-    return Verified(num_tensors, difference, largest, losses, _verify_tokenizer(output))
+    return Verified(len(compared), difference, largest, losses, _verify_tokenizer(output))
 
 
 def _token_losses(logits_BLV: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
@@ -264,8 +266,13 @@ def their_shapes(config: ModelConfig, table: Sequence[Row]) -> dict[str, tuple[i
 
 
 def _their_tensors(source: LogicalTensors, table: Iterable[Row]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The family's tensors in the order of `table`; large ones in consecutive parts of the same name."""
     for row in table:
-        yield from zip(row.theirs, row.to_theirs(source.read(row.logical)), strict=True)
+        if row.by_rows:
+            for part in parts_of(source, row.logical):
+                yield row.theirs[0], row.to_theirs(part)[0]
+        else:
+            yield from zip(row.theirs, row.to_theirs(source.read(row.logical)), strict=True)
 
 
 def _code_of(config: ModelConfig) -> dict[str, str]:

@@ -8,7 +8,8 @@ anything. The spellings of Hugging Face's families are in `weights.families`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,26 @@ class LogicalTensors(Protocol):
         """The full logical tensor, in fp32 or as stored."""
         ...
 
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of it, in fp32 or as stored."""
+        ...
+
+
+# A tensor larger than this is passed on in parts: 128 MiB of fp32, less than any model's memory but most embeddings.
+PART_ELEMENTS = 1 << 25
+
+
+def parts_of(source: LogicalTensors, name: str) -> Iterator[torch.Tensor]:
+    """The logical tensor in equal numbers of rows, so that none is larger than PART_ELEMENTS; whole where it is not."""
+    shape = source.shape(name)
+    rows = max(1, PART_ELEMENTS // max(1, math.prod(shape[1:])))
+    if rows >= shape[0]:
+        yield source.read(name)
+        return
+    for first in range(0, shape[0], rows):
+        block = slice(first, min(first + rows, shape[0]))
+        yield source.read_slice(name, (block, *(slice(None) for _ in shape[1:])))
+
 
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every logical parameter with its unpadded shape, in the order in which the model computes.
@@ -64,6 +85,8 @@ class Piece:
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor], torch.Tensor]
+    by_rows: bool = False
+    """Acts on each row by itself, in its place: parts of a tensor may be passed through one by one."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,11 @@ class Row:
         parts: tuple[torch.Tensor, ...] = tensor.split([unit * share for share in self.shares])
         return parts
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether parts of the tensor may be passed through one by one."""
+        return len(self.theirs) == 1 and all(piece.by_rows for piece in self.pieces)
+
     def to_logical(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The logical tensor from the family's, given in the order of `theirs`."""
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
@@ -99,7 +127,7 @@ TRANSPOSE = Piece(torch.t, torch.t)
 
 def scaled(factor: float) -> Piece:
     """Multiplied by `factor` in fp32. Its inverse divides: exact for powers of two, else within a rounding."""
-    return Piece(lambda x: x.float() * factor, lambda x: x.float() / factor)
+    return Piece(lambda x: x.float() * factor, lambda x: x.float() / factor, by_rows=True)
 
 
 def heads_to_blocks(num_groups: int, queries_each: int = 1) -> Piece:
