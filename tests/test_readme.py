@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,13 @@ def commands(chapter: str) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def run_chapter(chapter: str, place: Path, changes: Mapping[str, str], given: Mapping[str, Path]) -> list[str]:
+def run_chapter(
+    chapter: str, place: Path, changes: Mapping[str, str], given: Mapping[str, Path], also: Sequence[str] = ()
+) -> list[str]:
     """Run a chapter's commands in `place` and give back what each said.
 
-    `changes` replaces words of the commands; `given` puts what earlier chapters made at the places that they name.
+    `changes` replaces words of the commands; `given` puts what earlier chapters made at the places that they name;
+    `also` is set in recipes.
     """
     for name in ("xlmega", "tools", "ds_configs"):
         (place / name).symlink_to(ROOT / name)
@@ -45,7 +49,7 @@ def run_chapter(chapter: str, place: Path, changes: Mapping[str, str], given: Ma
         words = [changes.get(word, word) for word in words]
         words = [re.sub(r"[\w/.-]+", lambda match: changes.get(match[0], match[0]), word) for word in words]
         if "xlmega/pretrain.py" in words:
-            words += [part for one in TINY for part in ("--set", one)]
+            words += [part for one in [*TINY, *also] for part in ("--set", one)]
         if words[0] == "deepspeed":
             launcher = str(Path(sys.executable).with_name("deepspeed"))
             words[:1] = [sys.executable, launcher, "--master_port", str(worlds.free_port())]
@@ -156,6 +160,37 @@ def test_perplexity_and_multiple_choice(export: Path, made_corpus: Path, made_to
     items = {"xcopa": tmp_path / "items" / "xcopa", "xnli": tmp_path / "items" / "xnli"}
     zero, few = run_chapter("Multiple choice", place, {}, {"exports/first": export, **items})
     assert "mean" in zero and few.endswith("wrote scores/xnli/result.json\n")
+
+
+@pytest.mark.multiprocess
+def test_to_transformers_and_back(made_corpus: Path, made_vocabulary: Path, tmp_path: Path) -> None:
+    """GPT-NeoX as transformers saves it, with padded rows and its own tokenizer: taken in, trained on, given back."""
+    import theirs
+
+    from xlmega.text.vocabulary import load_vocabulary
+    from xlmega.weights.directory import write_logical
+    from xlmega.weights.huggingface import open_huggingface
+    from xlmega.weights.tokenizer_json import tokenizer_files
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs.saved("gpt_neox", tmp_path / "pythia", vocab_size=812, **sizes)
+    for name, value in tokenizer_files(load_vocabulary(made_vocabulary), 32).items():
+        (tmp_path / "pythia" / name).write_text(json.dumps(value), encoding="utf-8")
+    write_logical(open_huggingface(tmp_path / "pythia"), tmp_path / "first", vocabulary_folder=made_vocabulary)
+    exported, back, taken, tokenized, trained, again = run_chapter(
+        "To transformers and back",
+        tmp_path,
+        {"4": "2", "model.preset=pythia_410m": "model.preset=neox_tiny", "DATA/train": str(made_corpus / "train")},
+        {"runs/first": tmp_path / "first", "downloads/pythia-410m": tmp_path / "pythia"},
+        ["model.vocab_size=812"],
+    )
+    assert "texts tokenized alike" in exported and "texts tokenized alike" in again
+    assert "wrote models/first" in back and "left out" not in taken and "wrote" in tokenized
+    assert "done: step 4 of 4" in trained
+    card = (tmp_path / "exports" / "german" / "README.md").read_text(encoding="utf-8")
+    assert "- Step: 4\n" in card and f"| all | {4 * 16 * 32:,} |" in card and 'preset = "neox_tiny"' in card
+    assert "are rows that the tokenizer never produces" in card
+    assert json.loads((tmp_path / "exports" / "german" / "config.json").read_text())["model_type"] == "gpt_neox"
 
 
 def test_chapters_are_found() -> None:

@@ -24,19 +24,19 @@ def _sized(kind: Any, **changes: Any) -> Any:
     return kind(**{**sizes, "intermediate_size": 112, "max_position_embeddings": POSITIONS, **changes})
 
 
-SIX: dict[str, Callable[[], Any]] = {
+SIX: dict[str, Callable[..., Any]] = {
     "xglm": lambda: transformers.XGLMConfig(
         vocab_size=VOCABULARY, d_model=64, ffn_dim=112, num_layers=6, attention_heads=8,
         max_position_embeddings=POSITIONS,
     ),
     "gpt2": _gpt2,
     "languini": lambda: _gpt2(tie_word_embeddings=False, n_inner=112),
-    "gpt_neox": lambda: _sized(transformers.GPTNeoXConfig),
+    "gpt_neox": lambda **changes: _sized(transformers.GPTNeoXConfig, **changes),
     "bloom": lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=6, n_head=8),
     "llama": lambda: _sized(transformers.LlamaConfig, num_key_value_heads=4),
 }  # fmt: skip
 # What these families have beyond their published models.
-MORE: dict[str, Callable[[], Any]] = {
+MORE: dict[str, Callable[..., Any]] = {
     "gpt2 scaled by layer": lambda: _gpt2(n_layer=2, scale_attn_by_inverse_layer_idx=True),
     "gpt_neox in turn, tied": lambda: _sized(
         transformers.GPTNeoXConfig,
@@ -61,9 +61,9 @@ MORE: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def saved(kind: str, path: Path) -> dict[str, torch.Tensor]:
+def saved(kind: str, path: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """The model `kind` with uneven values everywhere, saved by transformers; what its file holds."""
-    model = transformers.AutoModelForCausalLM.from_config({**SIX, **MORE}[kind]())
+    model = transformers.AutoModelForCausalLM.from_config({**SIX, **MORE}[kind](**changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         for parameter in model.parameters():

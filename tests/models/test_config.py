@@ -7,7 +7,7 @@ import math
 import pytest
 
 from xlmega.errors import ConfigError, LayoutError
-from xlmega.models.config import PRESETS, check_layout, model_config, resolve
+from xlmega.models.config import PRESETS, check_layout, differences, model_config, resolve
 from xlmega.parallel.layout import Layout
 
 # METHODS §1.6: millions of parameters without both embeddings, and with V = 16384 and 32768.
@@ -154,3 +154,11 @@ def test_flops_are_six_for_each_weight_and_attention() -> None:
     config = model_config(preset="xglm_tiny", vocab_size=1000)
     weights = 4 * (4 * 256 * 256 + 2 * 256 * 1024) + 1000 * 256
     assert config.flops_per_token(128) == 6 * weights + 6 * 4 * 256 * 128
+
+
+def test_models_that_are_other_functions_of_the_same_weights() -> None:
+    one = model_config(preset="neox_tiny", vocab_size=100)
+    assert differences(one, model_config(preset="neox_tiny", vocab_size=100, max_positions=64, init_std=0.1)) == []
+    assert differences(one, model_config(preset="neox_tiny", vocab_size=100, num_kv_heads=4)) == []
+    other = model_config(preset="neox_tiny", vocab_size=100, rotary_base=500.0, parallel_residual=False)
+    assert differences(one, other) == ["parallel_residual is True and False", "rotary_base is 10000.0 and 500.0"]

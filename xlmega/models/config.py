@@ -6,6 +6,7 @@ What comes out, together with the vocabulary's size, is all that models, exports
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -266,6 +267,24 @@ def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
 def model_config(**keys: Any) -> ModelConfig:
     """A checked ModelConfig from keyword arguments (as a recipe's [model] table would give it)."""
     return config.build(ModelConfig, resolve(keys), what="model")
+
+
+# What weights do not depend on: settings of training and of reports, and how far positions that are computed may go.
+_NOT_OF_THE_FUNCTION = {"preset", "init_std", "residual_init", "dropout", "attention_dropout", "family"}
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """In which keys two models are different functions of the same weights, as 'key is A and B'."""
+    ignored = _NOT_OF_THE_FUNCTION | (set() if one.positions == "learned" else {"max_positions"})
+    found = []
+    for field in dataclasses.fields(ModelConfig):
+        left, right = (one.kv_heads, other.kv_heads) if field.name == "num_kv_heads" else (
+            getattr(one, field.name), getattr(other, field.name)
+        )  # fmt: skip
+        same = math.isclose(left, right, rel_tol=1e-6) if isinstance(left, float) else left == right
+        if field.name not in ignored and not same:
+            found.append(f"{field.name} is {left} and {right}")
+    return found
 
 
 def check_layout(layout: Layout, model: ModelConfig, sequence_length: int) -> None:

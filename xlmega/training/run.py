@@ -31,7 +31,7 @@ from xlmega.data.plan import Plan, first_slot
 from xlmega.data.planning import check_cap, plan_of
 from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError, XlmegaError, nearest
-from xlmega.models.config import check_layout
+from xlmega.models.config import check_layout, differences
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
 from xlmega.parallel.preflight import code_hash
@@ -261,6 +261,11 @@ def first_weights(recipe: Recipe) -> LogicalSource:
     if not recipe.init.weights:
         return InitialWeights(recipe.model, recipe.training.seed, shapes)
     source = open_source(Path(recipe.init.weights))
+    if different := differences(source.config, recipe.model):
+        raise ConfigError(
+            f"init.weights='{recipe.init.weights}' is another model than the recipe's: {'; '.join(different)} (there "
+            "and here). Its weights would mean something else: set these keys of [model] to its values."
+        )
     check_shapes(recipe.init.weights, {name: source.shape(name) for name in source.names()}, shapes)
     return cast(LogicalSource, source)
 
