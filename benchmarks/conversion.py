@@ -2,9 +2,9 @@
 
 In each round, in turn, each in a process of its own and with the source's pages out of the cache: plain reads of the
 source's files and plain writes of as many bytes as the target has, brought to the disk; the export by
-tools/convert_checkpoint.py, start-up included; transformers' from_pretrained and save_pretrained of the same model
-(which brings nothing to the disk); and the way back to logical form. Medians over rounds, peak resident memory as the
-kernel counts it (pages of mapped files included). The weights are random.
+tools/convert_checkpoint.py, start-up included; transformers' from_pretrained and save_pretrained of the same model,
+its files then brought to the disk as well; and the way back to logical form. Medians over rounds, peak resident memory
+as the kernel counts it (pages of mapped files included). The weights are random.
 
     python benchmarks/conversion.py --preset xglm_1.7b --rounds 3 --output /var/tmp/conversion
     python benchmarks/conversion.py --preset xglm_7.5b --rounds 1 --only plain export --output /var/tmp/conversion
@@ -44,10 +44,13 @@ with open(os.path.join(target, "bytes"), "wb", buffering=0) as file:
     os.fsync(file.fileno())
 """
 TRANSFORMERS = """
-import sys
+import os, sys
 import transformers
 source, target = sys.argv[1:]
 transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).save_pretrained(target)
+for name in os.listdir(target):
+    with open(os.path.join(target, name), "rb") as file:
+        os.fsync(file.fileno())
 """
 
 

@@ -153,6 +153,13 @@ class HuggingFaceDirectory:
             return row.to_logical([self._tensors.read_slice(self._stored[row.theirs[0]], slices)]).float()
         return self.read(name)[slices].float()
 
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of the logical tensor, as stored."""
+        row = self._rows[name]
+        if row.by_rows:
+            return row.to_logical([self._tensors.read_slice(self._stored[row.theirs[0]], (rows,))])
+        return self.read(name)[rows]
+
     def read_theirs(self, name: str) -> torch.Tensor:
         """A tensor by the family's name, as stored."""
         return self._tensors.read(self._stored[name])

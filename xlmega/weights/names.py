@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -41,7 +41,16 @@ class LogicalTensors(Protocol):
         ...
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A slice of it, in fp32 or as stored."""
+        """A slice of it, in fp32."""
+        ...
+
+
+@runtime_checkable
+class StoredRows(Protocol):
+    """LogicalTensors that lie on a disk in the dtype that a copy of them would have, too."""
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of the logical tensor, as stored."""
         ...
 
 
@@ -58,7 +67,10 @@ def parts_of(source: LogicalTensors, name: str) -> Iterator[torch.Tensor]:
         return
     for first in range(0, shape[0], rows):
         block = slice(first, min(first + rows, shape[0]))
-        yield source.read_slice(name, (block, *(slice(None) for _ in shape[1:])))
+        if isinstance(source, StoredRows):
+            yield source.read_rows(name, block)
+        else:
+            yield source.read_slice(name, (block, *(slice(None) for _ in shape[1:])))
 
 
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
