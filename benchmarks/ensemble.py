@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--documents", type=int, default=3, help="of each language")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16, help="texts scored together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for name in seconds:
             begun = time.perf_counter()
-            for batch in ids_BL.split(4):
+            for batch in ids_BL.split(args.batch):
                 inputs, targets = batch[:, :-1], batch[:, 1:]
                 if name == "one":
                     scorers[0].log_probabilities(inputs, targets)
