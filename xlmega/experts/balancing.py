@@ -24,6 +24,8 @@ from xlmega.errors import ConfigError
 Costs = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
 MAX_SWEEPS = 60
+TOLERANCE = 0.0005
+"""Part of the points that may be in the wrong number somewhere when prices are good enough."""
 _SWEEP_POINTS = 50_000
 """Prices are first found on this many points, then on all."""
 _AUCTION_KEPT_ROUNDS, _AUCTION_FREE_ROUNDS, _AUCTION_STEPS = 100, 1000, 50
@@ -68,16 +70,21 @@ def balanced_assignment(
 
 
 def prices_for(
-    costs: Costs, shares: npt.NDArray[np.float64], prices: npt.NDArray[np.float64] | None = None
+    costs: Costs,
+    shares: npt.NDArray[np.float64],
+    prices: npt.NDArray[np.float64] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> npt.NDArray[np.float64]:
-    """Prices [clusters] with which the points divide nearly by `shares`; their mean is 0."""
+    """Prices [clusters], of mean 0, with which the points divide by `shares` but for a part `tolerance` of them."""
     found = np.zeros(costs.shape[1]) if prices is None else prices.copy()
     if len(costs) > 2 * _SWEEP_POINTS:
-        found = _swept(costs[:: len(costs) // _SWEEP_POINTS], shares, found)
-    return _swept(costs, shares, found)
+        found = _swept(costs[:: len(costs) // _SWEEP_POINTS], shares, found, tolerance)
+    return _swept(costs, shares, found, tolerance)
 
 
-def _swept(costs: Costs, shares: npt.NDArray[np.float64], prices: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _swept(
+    costs: Costs, shares: npt.NDArray[np.float64], prices: npt.NDArray[np.float64], tolerance: float
+) -> npt.NDArray[np.float64]:
     num_points, num_clusters = costs.shape
     capacities = np.floor(shares * num_points + 0.5).astype(np.int64)
     columns = np.ascontiguousarray((costs + prices).T.astype(np.float64))  # [clusters, points]
@@ -86,7 +93,7 @@ def _swept(costs: Costs, shares: npt.NDArray[np.float64], prices: npt.NDArray[np
     for sweep in range(MAX_SWEEPS):
         counts = np.bincount(np.argmin(columns, axis=0), minlength=num_clusters)
         excess = int(np.maximum(counts - capacities, 0).sum())
-        if excess * 2000 <= num_points or (sweep > 8 and excess >= best):
+        if excess <= tolerance * num_points or (sweep > 8 and excess >= best):
             break
         best = min(best, excess)
         for j in np.argsort(-np.abs(counts - capacities), kind="stable"):

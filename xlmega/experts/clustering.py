@@ -24,8 +24,13 @@ from xlmega.experts.balancing import auction, balanced_assignment, check_sizes, 
 from xlmega.experts.features import normalised
 
 Centres = npt.NDArray[np.float32]
-BLOCK_ROWS = 100_000
-_SAMPLE_ROWS = 20_000
+BLOCK_ROWS = 50_000
+PRICE_ROWS = 50_000
+_SAMPLE_ROWS, _EXACT_ROWS = 10_000, 2_000
+_PATIENCE = 6
+"""Iterations without a smaller shift after which centres have settled."""
+_COARSE = 0.005
+"""Balance between iterations, as a part of the rows; the last prices are finer."""
 _PUBLISHED_BLOCK, _PUBLISHED_ITERATIONS, _PUBLISHED_TOLERANCE = 50_000, 20, 1e-3
 
 
@@ -39,7 +44,7 @@ class KMeansSettings:
     seed: int = 0
     max_iterations: int = 100
     """On the sample; the passes over everything are at most `max_passes`."""
-    max_passes: int = 10
+    max_passes: int = 3
     tolerance: float = 1e-4
     """Squared shift of all centres, in units of the mean variance of a component, at which to stop."""
 
@@ -88,32 +93,53 @@ def train_kmeans(
     centres = _apart(sample, settings.num_clusters, generator)
     enough = settings.tolerance * float(sample.var(axis=0).mean())
     prices = np.zeros(settings.num_clusters)
-    iterations = 0
-    while iterations < settings.max_iterations:
+    iterations, least, since = 0, np.inf, 0
+    while iterations < settings.max_iterations and since < _PATIENCE:
         iterations += 1
-        costs = squared_distances(sample, centres, settings.metric)
-        if settings.method == "balanced":
-            labels, prices = balanced_assignment(costs, prices)
-        else:
-            labels = np.argmin(costs, axis=1)
-        moved, shift = _means(sample, labels, centres, generator)
-        centres = moved
+        labels, prices = _labels(sample, centres, prices, settings)
+        centres, shift = _means(sample, labels, centres, generator)
         if shift <= enough:
             break
+        # Balance that is only nearly even keeps a few rows going to and fro.
+        least, since = (shift, 0) if shift < 0.9 * least else (least, since + 1)
     say(f"centres settled on {len(sample):,} rows in {iterations} iterations")
     if len(sample) < len(vectors):
         for number in range(1, settings.max_passes + 1):
             centres, prices, shift = _pass(vectors, centres, prices, settings)
+            iterations += 1
             say(f"pass {number} over {len(vectors):,} rows: squared shift {shift:.2e}")
             if shift <= enough:
                 break
-        iterations += number
     if settings.method == "balanced":
         # Prices for the centres as they came out, on rows from all over the file.
-        step = max(1, len(vectors) // BLOCK_ROWS)
-        costs = squared_distances(np.asarray(vectors[::step]), centres, settings.metric)
-        prices = balanced_assignment(costs, prices)[1]
+        rows = np.asarray(vectors[:: max(1, len(vectors) // PRICE_ROWS)])
+        costs = relative_costs(rows, centres, settings.metric)
+        prices = prices_for(costs.T, np.full(len(centres), 1.0 / len(centres)), prices)
     return KMeans(centres, prices, iterations)
+
+
+def relative_costs(rows: npt.NDArray[Any], centres: Centres, metric: str) -> npt.NDArray[np.float32]:
+    """[clusters, rows]: `squared_distances` less what is the same for all clusters, which no assignment depends on."""
+    if metric == "cosine":
+        return -(normalised(centres) @ normalised(rows).T)
+    costs: npt.NDArray[np.float32] = centres @ rows.T
+    costs *= -2.0
+    costs += np.einsum("kd,kd->k", centres, centres)[:, None]
+    return costs
+
+
+def _labels(
+    rows: npt.NDArray[np.float32], centres: Centres, prices: npt.NDArray[np.float64], settings: KMeansSettings
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The rows' clusters, evenly where that is asked: exactly for few rows, else by prices, and the prices."""
+    costs = relative_costs(rows, centres, settings.metric)
+    if settings.method == "balanced":
+        if len(rows) <= _EXACT_ROWS:
+            return balanced_assignment(costs.T, prices)
+        step = max(1, len(rows) // _SAMPLE_ROWS)
+        prices = prices_for(costs.T[::step], np.full(len(centres), 1.0 / len(centres)), prices, _COARSE)
+        costs += prices.astype(np.float32)[:, None]
+    return np.argmin(costs, axis=0), prices
 
 
 def _apart(rows: npt.NDArray[np.float32], number: int, generator: np.random.Generator) -> Centres:
@@ -159,11 +185,8 @@ def _pass(
     sums, counts = np.zeros(centres.shape), np.zeros(number, np.int64)
     for first in range(0, len(vectors), BLOCK_ROWS):
         rows = np.asarray(vectors[first : first + BLOCK_ROWS])
-        costs = squared_distances(rows, centres, settings.metric)
-        if settings.method == "balanced":
-            step = max(1, len(rows) // _SAMPLE_ROWS)
-            prices = prices_for(costs[::step], np.full(number, 1.0 / number), prices)
-        block_sums, block_counts = _sums(rows, np.argmin(costs + prices.astype(np.float32), axis=1), number)
+        labels, prices = _labels(rows, centres, prices, settings)
+        block_sums, block_counts = _sums(rows, labels, number)
         sums += block_sums
         counts += block_counts
     moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centres).astype(np.float32)
