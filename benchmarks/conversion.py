@@ -92,8 +92,9 @@ def out_of_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measured(command: list[str], source: Path, target: Path) -> tuple[float, float]:
-    """(seconds, peak resident MB) of a process; the target is removed before and the source's pages too."""
+def measured(command: list[str], source: Path, target: Path) -> tuple[float, float, float]:
+    """(seconds, processor seconds, peak resident MB) of a process; the target is removed before it starts, and the
+    source's pages are out of the cache."""
     shutil.rmtree(target, ignore_errors=True)
     out_of_cache(source)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -104,7 +105,7 @@ def measured(command: list[str], source: Path, target: Path) -> tuple[float, flo
         seconds = time.monotonic() - started
     if os.waitstatus_to_exitcode(status):
         raise SystemExit((target.parent / "log").read_text(errors="replace"))
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -132,9 +133,10 @@ def main() -> None:
         convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
         export = [*convert, str(source), "--to", "hf", "--output", str(target), "--dtype", "bfloat16"]
         size = 2 * config.num_parameters()
+        print(f"load {os.getloadavg()[0]:.1f}")
         print(f"{args.preset}: {config.num_parameters():,} parameters, {size / 1e9:.2f} GB, {args.rounds} rounds")
         python = [sys.executable, "-c"]
-        steps: dict[str, Callable[[], tuple[float, float]]] = {
+        steps: dict[str, Callable[[], tuple[float, float, float]]] = {
             "plain": lambda: measured([*python, PLAIN, str(source), str(loaded), str(size)], source, loaded),
             "export": lambda: measured(export, source, target),
             "transformers": lambda: measured([*python, TRANSFORMERS, str(target), str(loaded)], target, loaded),
@@ -142,19 +144,19 @@ def main() -> None:
                 [*convert, str(target), "--to", "logical", "--output", str(back), "--dtype", "bfloat16"], target, back
             ),
         }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps if name in args.only}
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps if name in args.only}
         for _ in range(args.rounds):
             for name in found:
                 found[name].append(steps[name]())
                 for folder in (loaded, back):
                     shutil.rmtree(folder, ignore_errors=True)
-        plain = statistics.median(seconds for seconds, _ in found["plain"])
+        plain = statistics.median(seconds for seconds, _, _ in found["plain"])
         for name, figures in found.items():
-            seconds = statistics.median(one for one, _ in figures)
-            runs = " ".join(f"{one:.1f}" for one, _ in figures)
+            seconds, processor = (statistics.median(one[k] for one in figures) for k in (0, 1))
+            runs = " ".join(f"{one[0]:.1f}" for one in figures)
             print(
-                f"{name:>12}: {seconds:6.1f} s (runs {runs}), {seconds / plain:.2f} x plain, "
-                f"peak {max(peak for _, peak in figures):,.0f} MB"
+                f"{name:>12}: {seconds:6.1f} s (runs {runs}), {seconds / plain:.2f} x plain, processor "
+                f"{processor:.1f} s, peak {max(one[2] for one in figures):,.0f} MB"
             )
     finally:
         shutil.rmtree(args.output, ignore_errors=True)
