@@ -46,6 +46,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.folder
+    make_data(folder)
+    generator = random.Random(args.seed)
+    assignments(folder, generator, args.kills)
+    experts(folder, generator, args.kills)
+
+
+def make_data(folder: Path) -> None:
+    """A corpus of made languages, its tokens and a clusterer, where they are not there yet."""
     if not (folder / "tokens").is_dir():
         make_corpus(folder / "corpus", seed=0, megabytes=2.0, frac_valid=0.1, parallel_pairs=0)
         texts = (document.text for document in read_corpus(folder / "corpus/train"))
@@ -53,9 +61,6 @@ def main() -> None:
         tokenize_corpus(folder / "corpus/train", folder / "vocabulary", folder / "tokens")
         clusterer = train_clusterer(folder / "corpus/train", KMeansSettings(3), FeatureSettings(num_components=16))
         save_clusterer(clusterer, folder / "clusterer")
-    generator = random.Random(args.seed)
-    assignments(folder, generator, args.kills)
-    experts(folder, generator, args.kills)
 
 
 def assignments(folder: Path, generator: random.Random, kills: int) -> None:
@@ -167,10 +172,10 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def digest(output: Path, number: int) -> str:
+def digest(output: Path, number: int, step: int = STEPS) -> str:
     """Of an expert's last weights and moments."""
     found = hashlib.sha256()
-    checkpoint = Checkpoint(folder_of(output / f"round-1/expert-{number}", STEPS))
+    checkpoint = Checkpoint(folder_of(output / f"round-1/expert-{number}", step))
     for name in checkpoint.names():
         found.update(checkpoint.read(name).numpy().tobytes())
         for kind in ("exp_avg", "exp_avg_sq"):

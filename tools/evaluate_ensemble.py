@@ -15,7 +15,7 @@ from pathlib import Path
 
 from xlmega import config
 from xlmega.errors import ConfigError, DataError, run_main
-from xlmega.evaluation.documents import open_documents, write_result
+from xlmega.evaluation.documents import check_output, open_documents, write_result
 from xlmega.evaluation.perplexity import DEFINITIONS, Definition, Spelling
 from xlmega.evaluation.scoring import Scorer
 from xlmega.experts.clusterer import LanguageClusterer
@@ -55,8 +55,7 @@ def main() -> None:
     parser.add_argument("--prompt", help="also let the first rule go on with this text")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
-    if args.output.is_file() or ((args.output / "result.json").exists() and not args.overwrite):
-        raise DataError(f"'{args.output}' holds a result or is a file. Choose another --output, or add --overwrite.")
+    check_output(args.output, overwrite=args.overwrite)
     ensemble = opened(args)
     kinds = [kind for kind in args.kind.split(",") if kind] or [default_kind(ensemble)]
     rules = {kind: settings_of(args, kind, ensemble) for kind in kinds if kind != ROUTING}

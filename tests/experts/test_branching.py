@@ -18,6 +18,7 @@ from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.experts.branching import Experts, summary
 from xlmega.experts.plan import Resolved, read_plan
 from xlmega.training.checkpoint import Checkpoint, folder_of
+from xlmega.training.recipe import read_recipe
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,16 @@ def test_rounds_start_from_the_parents_of_the_round_before(made_tokens: Path, tm
     for number, one in enumerate(HMR, start=1):
         windows = sum(e.total_steps * e.batch_windows for e in experts.values() if e.round == f"round-{number}")
         assert windows == 8 * one["total_steps"]
+
+
+def test_the_shipped_plans_are_plans(made_tokens: Path, tmp_path: Path) -> None:
+    shipped = sorted((ROOT / "plans").glob("*.toml"))
+    assert {"tfidf4", "hmr16"} <= {path.stem for path in shipped}
+    for path in shipped:
+        plan = read_plan(path)
+        assert path.read_text(encoding="utf-8").startswith("# ") and (ROOT / plan.ds_config).is_file()
+        read_recipe(plan.recipe, plan.overrides)
+    assert [one.typology for one in read_plan(ROOT / "plans/hmr16.toml").rounds] == [1, 2, 4, 8, 16]
 
 
 def test_budgets_by_steps_and_by_tokens(made_tokens: Path, tmp_path: Path) -> None:
