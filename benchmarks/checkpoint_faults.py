@@ -35,6 +35,7 @@ import faults  # noqa: E402
 import forked  # noqa: E402
 
 from xlmega.data import tokenizing  # noqa: E402
+from xlmega.locking import held  # noqa: E402
 from xlmega.text import corpus, synthetic, vocabulary  # noqa: E402
 from xlmega.training import saving  # noqa: E402
 from xlmega.training.checkpoint import (  # noqa: E402
@@ -45,7 +46,6 @@ from xlmega.training.checkpoint import (  # noqa: E402
     list_checkpoints,
     newest,
 )
-from xlmega.training.locking import held  # noqa: E402
 from xlmega.weights import storage  # noqa: E402
 from xlmega.weights.comparison import logical_hash  # noqa: E402
 

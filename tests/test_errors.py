@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from xlmega import errors
@@ -78,6 +81,19 @@ def test_a_bug_of_ours_keeps_its_trace() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_main(broken)
+
+
+def test_a_full_disk_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/there")
+
+    with pytest.raises(SystemExit) as left:
+        run_main(full)
+    assert left.value.code == 2 and capsys.readouterr().err.startswith(
+        "OSError: '/there': No space left on device. Make"
+    )
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda: Path("/there/is/none").stat().st_size)
 
 
 def test_every_error_is_of_the_family_and_who_speaks() -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xlmega.errors import CheckpointError, run_main
+from xlmega.errors import run_main
 from xlmega.training.checkpoint import open_source
-from xlmega.weights.directory import DTYPES, check_free, write_logical
+from xlmega.weights.directory import DTYPES, check_output, write_logical
 
 
 def main() -> None:
@@ -25,17 +25,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, help="vocabulary folder; the source's own is the default")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args()
-    if args.output.resolve() == args.source.resolve():
-        raise CheckpointError(f"--output is the source itself, '{args.source}'. Choose another.")
-    check_free(args.output, overwrite=args.overwrite)
+    check_output(args.output, [args.source], overwrite=args.overwrite)
     source = open_source(args.source, args.config)
-    files = write_logical(
-        source,
-        args.output,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        vocabulary_folder=args.vocabulary or source.vocabulary_folder,
-    )
+    vocabulary = args.vocabulary or source.vocabulary_folder
+    files = write_logical(source, args.output, dtype=args.dtype, overwrite=args.overwrite, vocabulary_folder=vocabulary)
+    if vocabulary is None:
+        print("no vocabulary was found with the source, so none was written; --vocabulary FOLDER adds one")
     size = sum(path.stat().st_size for path in files)
     print(
         f"wrote {args.output}: {len(files)} files, {size / 1e6:.1f} MB, {source.config.num_parameters():,} parameters"

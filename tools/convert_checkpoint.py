@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from xlmega.config import read_toml
-from xlmega.errors import CheckpointError, ConfigError, DataError, run_main
+from xlmega.errors import ConfigError, DataError, run_main
 from xlmega.text.vocabulary import import_vocabulary
 from xlmega.training.checkpoint import Checkpoint, open_source
 from xlmega.weights.card import card_of
-from xlmega.weights.directory import DTYPES, check_free, write_logical
+from xlmega.weights.directory import DTYPES, check_output, write_logical
 from xlmega.weights.huggingface import export_huggingface, verify_huggingface
 
 
@@ -38,9 +38,7 @@ def main() -> None:
     if args.to == "logical" and (args.verify or args.card):
         raise ConfigError("--verify and --card are of Hugging Face directories; with --to logical leave them out.")
     card = read_toml(args.card) if args.card else {}
-    if args.output.resolve() == args.source.resolve():
-        raise CheckpointError(f"--output is the source itself, '{args.source}'. Choose another.")
-    check_free(args.output, overwrite=args.overwrite)
+    check_output(args.output, [args.source], overwrite=args.overwrite)
     source = open_source(args.source, args.config)
     with tempfile.TemporaryDirectory() as work:
         vocabulary = args.vocabulary or source.vocabulary_folder or tokenizer_of(args.source, Path(work))

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xlmega.errors import CheckpointError, ConfigError, run_main
+from xlmega.errors import ConfigError, run_main
 from xlmega.training.checkpoint import open_source
-from xlmega.weights.directory import DTYPES, check_free, write_logical
+from xlmega.weights.directory import DTYPES, check_output, write_logical
 from xlmega.weights.merge import Mean, histogram_weights, read_histogram, uniform
 
 
@@ -33,9 +33,7 @@ def main() -> None:
         raise ConfigError("--weights and --histogram both say how much each expert counts. Give one of them.")
     if args.subset_k and not args.histogram:
         raise ConfigError("--subset_k is of --histogram, which is not given.")
-    if args.output.resolve() in {expert.resolve() for expert in args.experts}:
-        raise CheckpointError(f"--output is one of the experts, '{args.output}'. Choose another.")
-    check_free(args.output, overwrite=args.overwrite)
+    check_output(args.output, args.experts, overwrite=args.overwrite)
     if args.histogram:
         weights = histogram_weights(read_histogram(args.histogram), len(args.experts), args.subset_k)
     else:

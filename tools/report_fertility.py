@@ -34,6 +34,7 @@ def main() -> None:
     content = json.dumps(fertility.fertility_json(found, vocabulary), indent=1) + "\n"
     part = args.output.with_name(args.output.name + ".part")
     with write_errors(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(content, encoding="utf-8")
         part.replace(args.output)
     print(f"wrote {args.output}")

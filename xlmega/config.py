@@ -36,7 +36,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no recipe at '{path}'.") from None
+        raise ConfigError(f"there is no file '{path}'.") from None
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read as a TOML file: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -2,14 +2,19 @@
 
 Each message says what was asked (with its values), the rule it broke and the nearest thing that works.
 They are raised before anything is allocated wherever that is possible. Entry scripts print one of these as
-a single message on stderr and exit with `exit_code`; any other exception is a bug of ours and keeps its trace.
+a single message on stderr and exit with `exit_code`, and so they do for a full or forbidden disk that no module gave
+words of its own; any other exception is a bug of ours and keeps its trace.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What a disk or a folder refuses to a program that does nothing wrong."""
 
 
 class XlmegaError(Exception):
@@ -97,6 +102,14 @@ def run_main(main: Callable[[], int | None], speaks: Callable[[XlmegaError], boo
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `tool | head` is not an error
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f"'{error.filename}': " if error.filename else ""
+        print(
+            f"OSError: {where}{error.strerror}. Make room or give leave, and start again.", file=sys.stderr, flush=True
+        )
+        sys.exit(XlmegaError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

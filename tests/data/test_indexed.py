@@ -165,6 +165,12 @@ def test_a_corpus_is_every_language_of_one_vocabulary(tmp_path: Path) -> None:
         indexed.open_corpus(tmp_path, "test")
     with pytest.raises(DataError, match="there is no token folder"):
         indexed.splits(tmp_path / "absent")
+    with pytest.raises(DataError, match=f"it has none. It is a split itself: did you mean '{tmp_path}'"):
+        indexed.open_corpus(tmp_path / "train", "train")
+    (tmp_path / "text" / "train" / "fr").mkdir(parents=True)
+    (tmp_path / "text" / "train" / "fr" / "a.jsonl.gz").touch()
+    with pytest.raises(DataError, match=r"It holds text: tools/tokenize_corpus.py '.*text/train'"):
+        indexed.open_corpus(tmp_path / "text", "train")
     write(tmp_path / "train" / "ja", [[5, 2]], vocabulary_hash="xyz")
     with pytest.raises(DataError, match=r"mixes 2 vocabularies \(abc: de, fr; xyz: ja\)"):
         indexed.open_corpus(tmp_path, "train")

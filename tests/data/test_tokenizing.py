@@ -11,9 +11,9 @@ import pytest
 
 from xlmega.data import indexed, tokenizing
 from xlmega.errors import ConfigError, DataError
+from xlmega.locking import locked
 from xlmega.text import corpus, vocabulary
 from xlmega.text.corpus import Document
-from xlmega.text.locking import locked
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -139,6 +139,10 @@ def test_damaged_text_stops_it_and_publishes_nothing(made_vocabulary: Path, tmp_
     (tmp_path / "train" / "fr" / "a.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no document"):
         tokenizing.tokenize_corpus(tmp_path / "train", made_vocabulary, tmp_path / "t")
+    corpus.write_documents(tmp_path / "train" / "de" / "a.jsonl", [Document("one", "de", "1")])
+    said: list[str] = []
+    tokenizing.tokenize_corpus(tmp_path / "train", made_vocabulary, tmp_path / "t", say=said.append)
+    assert "train: no document in fr, so no tokens are written for it" in said
     with pytest.raises(DataError, match="at least 1 process"):
         tokenizing.tokenize_corpus(tmp_path / "train", made_vocabulary, tmp_path / "t", workers=0)
 

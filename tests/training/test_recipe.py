@@ -37,7 +37,7 @@ def test_a_path_and_a_name(tmp_path: Path) -> None:
     assert recipe_path("xglm_tiny").is_file()
     with pytest.raises(ConfigError, match="no recipe 'xglm_tinny'. Did you mean 'xglm_tiny'"):
         recipe_path("xglm_tinny")
-    with pytest.raises(ConfigError, match="no recipe at"):
+    with pytest.raises(ConfigError, match="there is no file"):
         read_recipe(str(tmp_path / "none.toml"))
 
 

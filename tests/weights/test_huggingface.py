@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import random
@@ -19,10 +20,12 @@ from reference import reference_logits
 from safetensors.torch import load_file, save_file
 
 from xlmega.errors import CheckpointError, ConfigError, DataError
+from xlmega.locking import locked
 from xlmega.models.config import ModelConfig, model_config
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.weights import names
-from xlmega.weights.directory import open_logical_directory, write_logical
+from xlmega.weights.direct import DirectFile
+from xlmega.weights.directory import check_output, open_logical_directory, write_logical
 from xlmega.weights.families import folded_scale
 from xlmega.weights.huggingface import (
     SAMPLES,
@@ -206,6 +209,46 @@ def test_an_occupied_output_is_refused_and_overwritten_when_asked(tmp_path: Path
     export_huggingface(Drawn(XGLM, seed=1), tmp_path / "out", vocabulary_folder=None, overwrite=True)
     assert all_equal(tensors_of(open_huggingface(tmp_path / "out")), Drawn(XGLM, seed=1).tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_takes_nothing_but_a_model(tmp_path: Path) -> None:
+    export_huggingface(Drawn(XGLM), tmp_path / "models" / "out", vocabulary_folder=None)
+    with pytest.raises(CheckpointError, match=r"has no model.json or config.json: it was not written by this command"):
+        export_huggingface(Drawn(XGLM), tmp_path / "models", vocabulary_folder=None, overwrite=True)
+    for output, words in (("models", "holds the source"), ("models/out", "is the source itself")):
+        with pytest.raises(CheckpointError, match=words):
+            check_output(tmp_path / output, [tmp_path / "models" / "out"], overwrite=True)
+    assert all_equal(tensors_of(open_huggingface(tmp_path / "models" / "out")), Drawn(XGLM).tensors)
+
+
+def test_one_writer_at_a_time_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_logical(Drawn(XGLM), tmp_path / "out")
+    with locked(tmp_path / "out"), pytest.raises(DataError, match="is being written by another process"):
+        write_logical(Drawn(XGLM, seed=1), tmp_path / "out", overwrite=True)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DirectFile, "finish", full)
+    with pytest.raises(CheckpointError, match=r"out' cannot be written: No space left on device. Nothing of it"):
+        write_logical(Drawn(XGLM, seed=1), tmp_path / "out", overwrite=True)
+    assert all_equal(tensors_of(open_logical_directory(tmp_path / "out")), Drawn(XGLM).tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_quantized_weights_and_an_index_of_other_places_are_refused(tmp_path: Path) -> None:
+    export_huggingface(Drawn(XGLM), tmp_path / "out", vocabulary_folder=None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    save_file({name: one.to(torch.int8) for name, one in stored.items()}, tmp_path / "out" / "model.safetensors")
+    coded = open_huggingface(tmp_path / "out")
+    for read in (coded.read, lambda name: coded.read_slice(name, (slice(1),))):
+        with pytest.raises(CheckpointError, match=r"layer_norm.bias as torch.int8: quantized weights"):
+            read("decoder.final_layernorm.bias")
+    for place in (3, "../out/model.safetensors"):
+        index = json.dumps({"weight_map": dict.fromkeys(stored, place)})
+        (tmp_path / "out" / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match="is not an index of safetensors shards"):
+            open_huggingface(tmp_path / "out")
 
 
 def test_verify_sees_a_changed_value(tmp_path: Path) -> None:

@@ -177,5 +177,5 @@ def test_the_tool_averages_directories_of_any_kind(
         with pytest.raises(ConfigError, match=message):
             merged(*both, *given, "--output", tmp_path / "other")
         assert not (tmp_path / "other").exists()
-    with pytest.raises(CheckpointError, match="is one of the experts"):
+    with pytest.raises(CheckpointError, match="is the source itself"):
         merged(*both, "--output", tmp_path / "hf", "--overwrite")

@@ -71,11 +71,15 @@ class Wishes:
             yield "steering changes how a prompt goes on: give a prompt."
 
 
+REPORTS = ("words.txt", "distribution.tsv", "similarity.tsv", "usage.txt", "steering.txt")
+"""One of them is in every folder that `inspect` writes."""
+
+
 def inspect(book: SenseBook, wishes: Wishes, output: Path, *, overwrite: bool = False) -> list[Path]:
     """Write the folder `output`; the files written."""
     if problems := list(wishes.problems()):
         raise ConfigError(" ".join(problems))
-    with published(output, overwrite=overwrite) as part:
+    with published(output, overwrite=overwrite, replaces=REPORTS) as part:
         files = list(_written(book, wishes, part))
     return [output / path.relative_to(part) for path in files]
 

@@ -32,8 +32,8 @@ from xlmega.data.manifest import (
 )
 from xlmega.data.tokenizing import Say, place_vocabulary
 from xlmega.errors import DataError
+from xlmega.locking import locked
 from xlmega.text.corpus import LANGUAGE
-from xlmega.text.locking import locked
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 
 BLOCK_TOKENS = 1 << 22

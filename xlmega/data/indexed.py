@@ -185,11 +185,20 @@ def splits(root: Path) -> list[str]:
     )
 
 
+def _instead(root: Path, split: str) -> str:
+    """What was probably meant, where `root` is a split itself or a folder of text."""
+    if any(root.glob("*.idx")):
+        return f" It is a split itself: did you mean '{root.parent}'?"
+    if any(any(root.glob(f"{split}/*/*.jsonl{suffix}")) for suffix in ("", ".gz", ".zst")):
+        return f" It holds text: tools/tokenize_corpus.py '{root / split}' makes tokens of it."
+    return ""
+
+
 def open_corpus(root: Path, split: str) -> dict[str, IndexedTokens]:
     """Every language of one split, sorted by code; a DataError when they were not made with one vocabulary."""
     known = splits(root)
     if split not in known:
-        raise DataError(f"'{root}' has no split '{split}'; it has {', '.join(known) or 'none'}.")
+        raise DataError(f"'{root}' has no split '{split}'; it has {', '.join(known) or 'none'}.{_instead(root, split)}")
     corpus = {}
     # A language is here when its manifest or its index is: one that lost either is an error, not left out of the blend.
     files = [file for file in (root / split).iterdir() if file.suffix in (".idx", ".json")]

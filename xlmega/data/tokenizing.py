@@ -28,8 +28,8 @@ from xlmega.data.encoding import Encoded, Form, encode_blocks
 from xlmega.data.indexed import IndexedWriter, token_dtype, write_errors
 from xlmega.data.manifest import Manifest, read_manifest
 from xlmega.errors import DataError
+from xlmega.locking import locked
 from xlmega.text.corpus import CHUNK_BYTES, corpus_files, sibling_splits
-from xlmega.text.locking import locked
 from xlmega.text.records import Block, read_blocks
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 
@@ -138,6 +138,9 @@ def _tokenize_split(
             progress.tell(block)
     if not work.languages:
         raise DataError(f"'{source}' holds no document. Remove the folder, or put text into it.")
+    empty = {file.parent.name for file in corpus_files(source)} - set(work.languages)
+    if empty := {name for name in empty if not name.isdecimal()}:
+        say(f"{source.name}: no document in {', '.join(sorted(empty))}, so no tokens are written for it")
     manifests = work.finish(
         split=source.name,
         vocabulary_hash=vocabulary.hash,

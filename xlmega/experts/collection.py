@@ -152,7 +152,7 @@ class Ensemble:
         chosen = settings or self.weighing
         self.weighing_of(chosen)  # refused before anything is written
         names = tuple(f"expert-{k}" for k in range(len(self)))
-        with published(output, overwrite=overwrite) as part:
+        with published(output, overwrite=overwrite, replaces=[NAME]) as part:
             for number, name in enumerate(names):
                 values: dict[str, Any] = {"dtype": dtype, "vocabulary_folder": self.vocabulary_folder}
                 if to == "hf":

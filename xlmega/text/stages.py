@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from xlmega.errors import ConfigError, DataError
-from xlmega.text.locking import locked
+from xlmega.locking import locked
 from xlmega.text.records import CHUNK_BYTES, RecordWriter, write_errors
 from xlmega.text.tally import Statistics
 

@@ -185,7 +185,7 @@ def report(
     facts, history = read_facts(run), read_history(run)
     if not history.steps:
         raise CheckpointError(f"'{run}' has trained no step yet, so there is nothing to report.")
-    check_free(output, overwrite=overwrite)
+    check_free(output, overwrite=overwrite, replaces=("report.txt", "loss.png"))
     output.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for line in _report_lines(run, output, export, facts, history, seed):

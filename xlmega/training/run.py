@@ -31,6 +31,7 @@ from xlmega.data.plan import Plan, first_slot
 from xlmega.data.planning import check_cap, plan_of
 from xlmega.data.windows import MAX_SIZE
 from xlmega.errors import CheckpointError, ConfigError, DataError, XlmegaError, nearest
+from xlmega.locking import LOCK_NAME, held
 from xlmega.models.config import check_layout, differences
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
@@ -46,7 +47,6 @@ from xlmega.training.history import (
     languages_of,
     read_recorded,
 )
-from xlmega.training.locking import LOCK_NAME, held
 from xlmega.training.recipe import Recipe
 from xlmega.training.runtime import Runtime, check_pair
 from xlmega.weights.directory import check_shapes, copy_folder, write_json

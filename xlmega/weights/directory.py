@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from xlmega import config as tables
 from xlmega.errors import CheckpointError, ConfigError
+from xlmega.locking import locked
 from xlmega.models.config import ModelConfig
 from xlmega.weights.direct import DirectFile
 from xlmega.weights.names import LogicalTensors, logical_shapes, parts_of
@@ -32,6 +33,8 @@ from xlmega.weights.names import LogicalTensors, logical_shapes, parts_of
 SHARD_BYTES = 2_000_000_000
 INDEX_NAME = "model.safetensors.index.json"
 MODEL_NAME = "model.json"
+MODEL_FILES = (MODEL_NAME, "config.json")
+"""One of them is in every folder of a model: of ours, or of transformers."""
 FORMAT_VERSION = 1
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,36 +62,80 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def published(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A fresh `OUTPUT.part` to write into, renamed to `output` at the end; removed if the writing fails."""
-    check_free(output, overwrite=overwrite)
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed writer left
-    part.mkdir(parents=True)
-    try:
-        yield part
-        sync_folder(part)
-        if output.exists():
-            # A full directory cannot be renamed over: the old one steps aside first and goes last.
-            old = output.with_name(output.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            output.rename(old)
-            part.rename(output)
-            shutil.rmtree(old)
-        else:
-            part.rename(output)
-        sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+def published(output: Path, *, overwrite: bool, replaces: Sequence[str] = MODEL_FILES) -> Iterator[Path]:
+    """A fresh `OUTPUT.part` to write into, renamed to `output` at the end; removed if the writing fails.
+
+    One process at a time; what a disk refuses is a CheckpointError. See `check_free` for what may be replaced.
+    """
+    check_free(output, overwrite=overwrite, replaces=replaces)
+    with locked(output):
+        check_free(output, overwrite=overwrite, replaces=replaces)  # another may have come in between
+        part = output.with_name(output.name + ".part")
+        try:
+            remove_any(part)  # what a killed writer left
+            part.mkdir()
+            yield part
+            sync_folder(part)
+            _take_place(part, output)
+        except OSError as error:
+            where = f"'{error.filename}': " if error.filename else ""
+            raise CheckpointError(
+                f"'{output}' cannot be written: {where}{error.strerror or error}. Nothing of it is left, and what was "
+                "there before still is."
+            ) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def check_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse an occupied `output`, so that a command can say so before it reads anything."""
+def _take_place(part: Path, output: Path) -> None:
+    if output.exists():
+        # A full directory cannot be renamed over: the old one steps aside first and goes last.
+        old = output.with_name(output.name + ".old")
+        remove_any(old)
+        output.rename(old)
+        try:
+            part.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        part.rename(output)
+    sync_folder(output.parent)
+
+
+def remove_any(path: Path) -> None:
+    """Take away a folder of ours, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def check_free(output: Path, *, overwrite: bool, replaces: Sequence[str] = MODEL_FILES) -> None:
+    """Refuse an occupied `output`, so that a command can say so before it reads anything.
+
+    With `overwrite` a folder that has one of the files `replaces` is free: what a command wrote, it may replace. Any
+    other folder may hold what nobody can bring back.
+    """
     if output.is_file():
         raise CheckpointError(f"'{output}' is a file; the output is a directory.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError(f"'{output}' exists and is not empty. Choose another --output, or add --overwrite.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"'{output}' exists and is not empty. Choose another --output, or add --overwrite.")
+        if not any((output / name).is_file() for name in replaces):
+            raise CheckpointError(
+                f"'{output}' is not empty and has no {' or '.join(replaces)}: it was not written by this command, so "
+                "--overwrite does not replace it. Choose another --output."
+            )
+
+
+def check_output(output: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
+    """`check_free`, and refuse an output that is one of the `sources` or holds it."""
+    for source in sources:
+        if source.resolve() == output.resolve():
+            raise CheckpointError(f"--output is the source itself, '{source}'. Choose another.")
+        if source.resolve().is_relative_to(output.resolve()):
+            raise CheckpointError(f"--output '{output}' holds the source '{source}'. Choose another.")
+    check_free(output, overwrite=overwrite)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -339,7 +386,10 @@ def _tensor_files(folder: Path) -> Sequence[Path]:
     index, single = folder / INDEX_NAME, folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            names = sorted({Path(name) for name in listed})
+            if any(len(name.parts) != 1 for name in names):
+                raise ValueError("a shard that does not lie beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"'{index}' is not an index of safetensors shards: {error!r}.") from None
         files = [folder / name for name in names]

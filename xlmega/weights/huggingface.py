@@ -144,29 +144,41 @@ class HuggingFaceDirectory:
 
     def read(self, name: str) -> torch.Tensor:
         row = self._rows[name]
-        return row.to_logical([self._tensors.read(self._stored[theirs]) for theirs in row.theirs]).contiguous()
+        return row.to_logical([self.read_theirs(theirs) for theirs in row.theirs]).contiguous()
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         """A slice of the logical tensor in fp32; only that is read where the family stores the tensor as it is."""
         row = self._rows[name]
         if row.by_rows:
-            return row.to_logical([self._tensors.read_slice(self._stored[row.theirs[0]], slices)]).float()
+            return row.to_logical([self._read_slice(row.theirs[0], slices)]).float()
         return self.read(name)[slices].float()
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Some rows of the logical tensor, as stored."""
         row = self._rows[name]
         if row.by_rows:
-            return row.to_logical([self._tensors.read_slice(self._stored[row.theirs[0]], (rows,))])
+            return row.to_logical([self._read_slice(row.theirs[0], (rows,))])
         return self.read(name)[rows]
 
     def read_theirs(self, name: str) -> torch.Tensor:
         """A tensor by the family's name, as stored."""
-        return self._tensors.read(self._stored[name])
+        return self._real(name, self._tensors.read(self._stored[name]))
+
+    def _read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        return self._real(name, self._tensors.read_slice(self._stored[name], slices))
+
+    def _real(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, unless its values are codes of a quantization: taken for weights they would be a wrong model."""
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise CheckpointError(
+                f"'{self.folder}' has {self._stored[name]} as {tensor.dtype}: quantized weights are not read. "
+                "float16, bfloat16, float32 and float64 are; take the model as it was before it was quantized."
+            )
+        return tensor
 
 
 def open_huggingface(path: Path) -> HuggingFaceDirectory:
-    """A Hugging Face directory as LogicalTensors; refuses what is not XGLM or GPT-2, with the reason."""
+    """A Hugging Face directory as LogicalTensors; refuses what is of no family of ours, with the reason."""
     return HuggingFaceDirectory(path)
 
 
