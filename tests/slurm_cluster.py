@@ -21,6 +21,7 @@ import worlds
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT.parent / "shared" / "tools" / "slurm_local.sh"
+NODE_VERBS = ("pids", "crash-node", "start-node", "cut-node", "join-node")
 
 
 def missing() -> str:
@@ -43,7 +44,8 @@ class Cluster:
     def call(self, *words: str, check: bool = True) -> str:
         """A verb of the script, or with 'exec' a command as on a login node."""
         verb, rest = words[0], list(words[1:])
-        line = ["bash", str(SCRIPT), verb, "-d", str(self.state), *rest]
+        node = [rest.pop(0)] if verb in NODE_VERBS else []  # these take the node before any option
+        line = ["bash", str(SCRIPT), verb, *node, "-d", str(self.state), *rest]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
         assert not check or done.returncode == 0, (line, done.stdout, done.stderr)
@@ -74,12 +76,12 @@ def until(condition: Callable[[], bool], told: Callable[[], str], seconds: float
 
 
 @contextlib.contextmanager
-def cluster(nodes: int = 2, gpus: int = 2) -> Iterator[Cluster]:
+def cluster(nodes: int = 2, gpus: int = 2, mode: str = "auto") -> Iterator[Cluster]:
     """A cluster for the length of a `with` block."""
     state = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))  # sockets lie in it: the path must be short
     running = Cluster(state)
     try:
-        running.call("start", "-n", str(nodes), "-g", str(gpus), "-p", str(_free_ports(nodes + 1)))
+        running.call("start", "-n", str(nodes), "-g", str(gpus), "-m", mode, "-p", str(_free_ports(nodes + 1)))
         yield running
     finally:
         running.call("stop", check=False)

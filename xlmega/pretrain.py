@@ -34,6 +34,7 @@ from xlmega.training.run import (
     resolve,
 )
 from xlmega.training.runtime import read_runtime
+from xlmega.training.spikes import Guard
 from xlmega.training.supervision import SupervisionSettings, Supervisor
 
 
@@ -114,10 +115,10 @@ def main() -> None:
         args.hang_timeout_seconds, args.silent_seconds, args.check_replicas_every_steps, args.prometheus
     )
     with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
-        store = groups.meeting_store(process, "supervision")
-        check_ranks(run, store, device)
+        store = groups.meeting_store(process, "supervision", timeout_seconds=args.silent_seconds)
         with contextlib.ExitStack() as held:
             watch = held.enter_context(Supervisor(settings, store, run.output, process))
+            check_ranks(run, groups.meeting_store(process, "preflight"), device)
             execute(run, recorded, process, device, args, watch, held)
 
 
@@ -201,7 +202,8 @@ def execute(
         else None
     )
     with metrics or contextlib.nullcontext():
-        train(run, engine, metrics, first_step, watch)
+        guard = Guard(recipe.training, found.manifest["facts"].get("guard") if found else None)
+        train(run, engine, metrics, first_step, watch, guard)
     say(f"done: step {run.stop_at} of {recipe.training.total_steps}; metrics and checkpoints are in '{run.output}'")
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xlmega.errors import ConfigError, RendezvousError
+from xlmega.errors import ConfigError, LostRankError, RendezvousError
 from xlmega.parallel.layout import Layout
 
 # Megatron-core warns in every process that the optional packages are missing; the start-up line says what is used.
@@ -152,13 +153,14 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
         os.environ[name] = str(value)  # DeepSpeed reads them whatever the launcher
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of communication counts on it
     store = _roll_call(process, timeout_seconds)
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.PrefixStore("xlmega", store),
-        rank=process.rank,
-        world_size=process.world_size,
-        timeout=timedelta(seconds=max(timeout_seconds, 60.0)),
-    )
+    with _connecting(process, timeout_seconds):
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore("xlmega", store),
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timedelta(seconds=max(timeout_seconds, 60.0)),
+        )
     try:
         from megatron.core import parallel_state
 
@@ -176,6 +178,30 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _connecting(process: Process, timeout_seconds: float) -> Iterator[None]:
+    """A LostRankError where the ranks cannot connect; the end of this process where that takes too long.
+
+    torch has no limit that holds against a store whose host no longer answers.
+    """
+    why = f"rank {process.rank} could not connect to the others, though all had come: one has left or stands still, or "
+    why += "the network lets nothing through. Look at the other ranks' logs, and start again with --resume."
+
+    def give_up() -> None:
+        print(f"{LostRankError.__name__}: after {timeout_seconds:g} s {why}", file=sys.stderr, flush=True)
+        os._exit(LostRankError.exit_code)
+
+    late = threading.Timer(timeout_seconds, give_up)
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    except RuntimeError as error:  # DistError is one
+        raise LostRankError(f"{why} ({str(error).splitlines()[0][:200]})") from None
+    finally:
+        late.cancel()
+
+
 def _ranks_on_this_node(process: Process) -> int:
     told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     told = told or os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -191,13 +217,7 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
     try:
         if process.rank or agent_has_store:
             _await_listener(process, deadline)  # the store would wait too, but tells of it in fifty lines
-        store: dist.Store = dist.TCPStore(
-            process.master_addr,
-            process.master_port,
-            is_master=process.rank == 0 and not agent_has_store,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,
-        )
+        store: dist.Store = _open_store(process, timeout_seconds, is_master=process.rank == 0 and not agent_has_store)
     except (dist.DistError, OSError) as error:
         if process.rank == 0 and "EADDRINUSE" in str(error):
             raise RendezvousError(
@@ -234,14 +254,49 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
 
 def meeting_store(process: Process, name: str, *, timeout_seconds: float = 60.0) -> dist.Store:
     """Another connection to the store in which the ranks met, with keys of its own; for threads and for checks."""
-    store = dist.TCPStore(
-        process.master_addr,
-        process.master_port,
-        is_master=False,
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-    )
+    try:
+        _await_listener(process, time.monotonic() + min(5.0, timeout_seconds))  # it was there a moment ago
+        store = _open_store(process, timeout_seconds)
+    except (dist.DistError, OSError):
+        raise LostRankError(
+            f"rank 0 at {process.master_addr}:{process.master_port} was there and is gone: rank {process.rank} cannot "
+            "reach it any more. Look at its log, and start again with --resume."
+        ) from None
     return dist.PrefixStore(f"{name}_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _open_store(process: Process, timeout_seconds: float, *, is_master: bool = False) -> dist.TCPStore:
+    """The store at the master's address; an OSError or DistError when it does not answer in time.
+
+    A client is made by a thread: torch (2.13) waits without end for the answer of a listener that is no store.
+    """
+    made: list[dist.TCPStore | Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(
+                dist.TCPStore(
+                    process.master_addr,
+                    process.master_port,
+                    is_master=is_master,
+                    timeout=timedelta(seconds=timeout_seconds),
+                    wait_for_workers=False,
+                )
+            )
+        except (dist.DistError, OSError, RuntimeError) as error:
+            made.append(error)
+
+    if is_master:
+        make()
+    else:
+        thread = threading.Thread(target=make, name="xlmega-meeting", daemon=True)
+        thread.start()
+        thread.join(timeout_seconds + 1.0)
+    if not made:
+        raise TimeoutError(f"no answer in {timeout_seconds:g} s")
+    if isinstance(made[0], Exception):
+        raise made[0]
+    return made[0]
 
 
 def _await_listener(process: Process, deadline: float) -> None:

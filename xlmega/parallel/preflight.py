@@ -32,6 +32,8 @@ from xlmega.errors import RendezvousError
 PACKAGE = Path(__file__).resolve().parents[1]
 CLOCK_SKEW_SECONDS = 5.0
 SLOW_FACTOR = 1.5
+TOKEN = ".xlmega-"
+"""How the names of files begin that the ranks look for together."""
 _SIDE = 384
 
 
@@ -144,7 +146,7 @@ def _existing(output: Path) -> Path:
 
 def _leave_token(place: Path) -> str:
     """A file that the others look for; '' where none can be left, which the check of the output tells better."""
-    token = f".xlmega-{secrets.token_hex(8)}"
+    token = f"{TOKEN}{secrets.token_hex(8)}"
     try:
         (place / token).touch()
     except OSError:

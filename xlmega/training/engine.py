@@ -20,7 +20,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,8 @@ class Engine:
         self._engine = self._initialise(deepspeed, settings)
         self._nll: list[tuple[int, torch.Tensor]] = []
         self._stepped = False  # whether Adam's state exists everywhere
+        self._limit = self._norm = math.inf  # the largest gradient norm of an update, and the newest norm
+        self._have_norm_limited()
         config.grad_scale_func = self._scale_loss
         config.finalize_model_grads_func = None
         config.no_sync_func = None
@@ -168,10 +170,11 @@ class Engine:
 
     # ---------------------------------------------------------------- a step
 
-    def forward_backward(self, batch: Batch, *, step: int = 0, wish: bool = False) -> Report:
+    def forward_backward(self, batch: Batch, *, step: int = 0, wish: bool = False, strict: bool = True) -> Report:
         """Gradients of the mean loss over the step's predicted tokens; NumericsError when the loss is not finite.
 
-        `wish` is this rank's wish to stop: it rides on the sum over all ranks that the report needs anyway.
+        `wish` is this rank's wish to stop: it rides on the sum over all ranks that the report needs anyway. Not
+        `strict`, the loss is reported as it is.
         """
         self._train(True)
         targets = torch.tensor(float(batch.weights.sum(dtype="float64")), dtype=torch.float64)
@@ -181,34 +184,88 @@ class Engine:
         served = np.zeros(max(1, len(self._languages)))
         served[0] = batch.served
         report = self._pass(batch, unit, train=True, extra=served, wish=wish)
-        if not math.isfinite(report.loss):
+        if strict and not math.isfinite(report.loss):
             raise NumericsError(
-                f"the loss of step {step} is {report.loss}. {self._name(batch, report)} No weight changed."
+                f"the loss of step {step} is {report.loss}. {self.name(batch, report)} No weight changed."
             )
         return report
 
-    def apply(self, learning_rate: float, *, step: int = 0, batch: Batch | None = None) -> tuple[float, bool]:
-        """Reduce, clip and update; (gradient norm before clipping, whether fp16 scaling skipped the step)."""
+    def apply(
+        self,
+        learning_rate: float,
+        *,
+        step: int = 0,
+        batch: Batch | None = None,
+        limit: float = math.inf,
+        strict: bool = True,
+    ) -> tuple[float, bool]:
+        """Reduce, clip and update; (gradient norm before clipping, whether nothing was updated).
+
+        Nothing is where the norm is above `limit` (negative: whatever it is) or fp16 scaling overflows. A gradient that
+        is not finite is a NumericsError, or in fp16 and where not `strict`, another reason to update nothing.
+        """
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         if self.runtime.uses_schedule:
             self._sum_tied_embedding()
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        norm = self._clip_whole_model() if self.runtime.zero_stage == 0 else math.nan
-        bad = self.runtime.zero_stage == 0 and not math.isfinite(norm)
-        if not bad:
+        self._limit, self._norm = limit, math.inf
+        if self.runtime.zero_stage:
+            scaler = self.loss_scaler
             self._engine.step()
-            if self.runtime.zero_stage:
-                norm = float(self._engine.get_global_grad_norm() or 0.0)
-                bad = bool(getattr(self._engine.optimizer, "overflow", False))
-        if bad and self.runtime.precision != "fp16":
+            bad = bool(getattr(self._engine.optimizer, "overflow", False))
+            if not bad:
+                self._norm = float(self._engine.get_global_grad_norm() or 0.0)
+            elif math.isfinite(self._norm):  # discarded for its norm: no overflow that the scale should answer
+                self.loss_scaler = scaler
+        else:
+            self._norm = self._clip_whole_model()
+            if bad := not self._norm <= limit or not math.isfinite(self._norm):
+                self._engine.zero_grad()
+            else:
+                self._engine.step()
+        if bad and strict and self.runtime.precision != "fp16" and not math.isfinite(self._norm):
             raise NumericsError(
-                f"a gradient of step {step} is not finite, though its loss is. {self._name(batch, None)} "
+                f"a gradient of step {step} is not finite, though its loss is. {self.name(batch, None)} "
                 "No weight changed."
             )
         self._stepped |= not bad
-        return norm, bad
+        return self._norm, bad
+
+    def _have_norm_limited(self) -> None:
+        """Have DeepSpeed discard a step whose norm is above the limit as it does one whose norm is not finite.
+
+        The norm that it takes between reducing and updating is the whole model's, so all ranks decide alike. Each of
+        its optimizers (0.19.8) takes it in a method of another name.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+
+        optimizer = self._engine.optimizer
+
+        def replace(name: str, norm: Callable[[Any], Any], instead: Callable[[Any], Any]) -> None:
+            take = getattr(optimizer, name)
+
+            def limited(*arguments: Any, **keywords: Any) -> Any:
+                taken = take(*arguments, **keywords)
+                if self._limit == math.inf or keywords:  # keywords: what is to be clipped
+                    return taken
+                self._norm = float(norm(taken)) / self.loss_scale
+                return instead(taken) if math.isfinite(self._norm) and self._norm > self._limit else taken
+
+            setattr(optimizer, name, limited)
+
+        infinite = torch.tensor(math.inf)
+        if self.runtime.zero_stage == 1 and self.runtime.precision == "bf16":
+
+            def whole(grads: Any) -> Any:
+                return get_global_norm_of_tensors(grads[0], mpu=optimizer.mpu, norm_type=optimizer.norm_type)
+
+            replace("get_grads_for_norm", whole, lambda grads: ([infinite.to(self.device)], grads[1]))
+        elif self.runtime.zero_stage in (1, 2):
+            replace("scaled_global_norm", float, lambda norm: math.inf)
+        elif self.runtime.zero_stage == 3:
+            replace("_get_norm_groups", combine_grad_norm_groups, lambda norms: [infinite.to(self.device)])
 
     def evaluate(self, batch: Batch, *, num_languages: int, extra: npt.NDArray[np.float64] | None = None) -> Report:
         """Negative log-likelihoods without gradients; `extra` [num_languages] is summed over data-parallel ranks."""
@@ -330,7 +387,7 @@ class Engine:
         nll, targets, extras, wishes = (tuple(row) for row in sums.tolist())
         return Report(nll, targets, extras, round(wishes[0]))
 
-    def _name(self, batch: Batch | None, report: Report | None) -> str:
+    def name(self, batch: Batch | None, report: Report | None) -> str:
         """The batch in words, for an error."""
         if batch is None:
             return ""

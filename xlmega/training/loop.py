@@ -23,12 +23,13 @@ from xlmega.training.metrics import Metrics
 from xlmega.training.optimizer import learning_rate
 from xlmega.training.run import Run
 from xlmega.training.saving import Outcome, Retention, Saver
+from xlmega.training.spikes import Guard
 from xlmega.training.supervision import Supervisor
 from xlmega.training.validation import ValidationSet, total
 
 
-def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, watch: Supervisor) -> None:
-    """Train from `first_step` updates done to `run.stop_at`; `metrics` is rank 0's.
+def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, watch: Supervisor, guard: Guard) -> None:
+    """Train from `first_step` steps done to `run.stop_at`; `metrics` is rank 0's.
 
     Asked to stop before, it saves at the next step and raises the StoppedError that says so.
     """
@@ -51,15 +52,18 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, wa
             raise
         watch.step(step)
         try:
-            report = engine.forward_backward(batch, step=step, wish=watch.stop.pending())
-            norm, skipped = engine.apply(rate.at(step), step=step, batch=batch)
+            report = engine.forward_backward(batch, step=step, wish=watch.stop.pending(), strict=not guard.skips)
+            limit = guard.limit(report.loss)
+            norm, skipped = engine.apply(rate.at(step), step=step, batch=batch, limit=limit, strict=not guard.skips)
+            where, scaled = engine.name(batch, report), run.runtime.precision == "fp16"
+            bad = guard.judge(step, report.loss, norm, skipped, where, scaled=scaled)
         except NumericsError:  # on every rank: a save under way is still good
             _tell(saver.finish(), metrics)
             raise
         done = step + 1
         record = _record(run, engine, batch, report, norm, skipped, rate.at(step), started, done) if metrics else None
         if metrics and record:
-            metrics.step(done, record)
+            metrics.step(done, record, bad)
         watch.done(done, engine, record)
         last, stopping = done == run.stop_at, report.wishes > 0
         figures = {}
@@ -68,7 +72,8 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, wa
         _tell(saver.poll(), metrics)
         if last or stopping or (plan.save_every_steps and done % plan.save_every_steps == 0):
             watch.begins(done, "save")
-            outcomes = _tell(saver.save(done, _facts(run, done, figures), wait=last or stopping), metrics)
+            facts = {**_facts(run, done, figures), "guard": guard.table()}
+            outcomes = _tell(saver.save(done, facts, wait=last or stopping), metrics)
             if (last or stopping) and outcomes[-1].problem:
                 raise CheckpointError(
                     f"the last checkpoint, of step {done}, could not be saved: {outcomes[-1].problem}. "

@@ -80,9 +80,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.close()
 
-    def step(self, step: int, record: Mapping[str, Any]) -> None:
-        """One update; `step` counts updates done. The record has loss, learning_rate, gradient_norm, seconds, ..."""
-        self._write({"step": step, **record})
+    def step(self, step: int, record: Mapping[str, Any], bad: str = "") -> None:
+        """One step; `step` counts steps done. The record has loss, learning_rate, gradient_norm, seconds, ...
+
+        `bad` says why its windows were left out, where they were.
+        """
+        self._write({"step": step, **record, **({"left_out": bad} if bad else {})})
+        if bad:
+            self.say(f"LEFT OUT: {bad}")
         last = step == self._total_steps
         if self._terminal or step % self._log_every == 0 or last or step == self._first_step + 1:
             self._progress(step, record, keep=step % self._log_every == 0 or last)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xlmega import config
 from xlmega.data.settings import CHANGEABLE, DataSettings
@@ -46,6 +46,12 @@ class TrainingSettings:
     """Checkpoints of steps that this divides are kept too; 0: none."""
     keep_best: str = ""
     """The checkpoint with the lowest validation figure is kept too, as in "valid/bits_per_byte"; empty: none."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What to do with a step that would do harm: end the run, or leave its windows out."""
+    spike_factor: float = 0.0
+    """A gradient norm above so many times the median of the last 64 steps is harm too; 0: only what is not finite."""
+    max_bad_steps: int = 8
+    """More in a row end the run, where they are skipped."""
 
     def problems(self) -> Iterator[str]:
         for name in ("total_steps", "log_every_steps", "validation_windows"):
@@ -55,6 +61,10 @@ class TrainingSettings:
         for name in ("seed", "validate_every_steps", "save_every_steps", "keep_checkpoints", "keep_every_steps"):
             if getattr(self, name) < 0:
                 yield f"{name} must not be negative, but is {getattr(self, name)}."
+        if self.spike_factor and not self.spike_factor > 1:
+            yield f"spike_factor is a multiple of the usual gradient norm, above 1, or 0; it is {self.spike_factor}."
+        if self.max_bad_steps < 1:
+            yield f"max_bad_steps must be at least 1, but is {self.max_bad_steps}; on_bad_step=stop allows none."
         if self.keep_checkpoints == 0 and (self.keep_every_steps or self.keep_best):
             yield "keep_checkpoints=0 keeps every checkpoint. With keep_every_steps or keep_best set it to 1 or more."
         if self.keep_every_steps and (not self.save_every_steps or self.keep_every_steps % self.save_every_steps):
@@ -125,6 +135,10 @@ FREE_ON_RESUME = {
     "training.keep_checkpoints",
     "training.keep_every_steps",
     "training.keep_best",
+    # They change what is learnt only where the run would have ended, and checkpoints tell which steps were left out.
+    "training.on_bad_step",
+    "training.spike_factor",
+    "training.max_bad_steps",
 }
 # Changing these changes what is served, from the resumed step on.
 CHANGES_THE_DATA = {*(f"data.{name}" for name in CHANGEABLE), "training.batch_windows"}

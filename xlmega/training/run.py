@@ -35,7 +35,7 @@ from xlmega.locking import LOCK_NAME, held
 from xlmega.models.config import check_layout, differences
 from xlmega.parallel.groups import words_of_all
 from xlmega.parallel.layout import Layout, check_interleaving
-from xlmega.parallel.preflight import code_hash
+from xlmega.parallel.preflight import TOKEN, code_hash
 from xlmega.text.remapping import IdSpace
 from xlmega.text.vocabulary import Vocabulary, load_vocabulary
 from xlmega.training.checkpoint import list_checkpoints, open_source
@@ -272,9 +272,9 @@ def first_weights(recipe: Recipe) -> LogicalSource:
 
 # -------------------------------------------------------------------- run directory
 
-# What lies in a run directory before run.json does.
+# What lies in a run directory before run.json does; what watches over it may have written of ranks lost by then.
 _BEGINNINGS = {
-    LOCK_NAME, "checkpoints", "run.json.part", *VOCABULARIES, *(f"{name}.part" for name in VOCABULARIES)
+    LOCK_NAME, "hang", "stop", "checkpoints", "run.json.part", *VOCABULARIES, *(f"{name}.part" for name in VOCABULARIES)
 }  # fmt: skip
 
 
@@ -300,6 +300,7 @@ def _check_output(run: Run, output: Path, resume: bool) -> Recorded | None:
     if not os.access(above, os.W_OK | os.X_OK):
         raise CheckpointError(f"--output '{output}' cannot be written: no permission in '{above}'.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    names = {name for name in names if not name.startswith(TOKEN)}  # of a start that was killed while ranks met
     if names <= _BEGINNINGS and not list_checkpoints(output):  # new, or killed before it had begun
         return None
     if not resume:

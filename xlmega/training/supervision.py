@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ class Supervisor:
                 self._tell(step, record)
 
     def _tell(self, step: int, record: Mapping[str, Any]) -> None:
-        figures = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        figures = {key: value for key, value in record.items() if isinstance(value, (int, float)) and isfinite(value)}
         _replace(self._run / "heartbeat.json", json.dumps({"time": time.time(), "step": step, **figures}) + "\n")
         if self.settings.prometheus:
             _replace(self._run / "metrics.prom", prometheus(self._run.name, step, record))

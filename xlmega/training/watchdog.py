@@ -7,6 +7,8 @@ that all ranks read:
 
 - a rank that ended with an error tells so itself; one that was killed or stopped no longer beats, and its neighbour
   tells;
+- where the store itself does not answer, its host is told to be lost, by each rank for itself: a third thread watches
+  the second, since torch waits without end for the answer of a host that is frozen or cut off;
 - a rank whose own beat is older than its limit (a multiple of the median step, or `timeout_seconds` for everything
   else) tells that nothing moves, and the ranks that are not where the others wait are named.
 
@@ -26,8 +28,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,10 +81,15 @@ class Watchdog:
         self._beat: tuple[float, int, str] = (time.monotonic(), 0, "start")
         self._count = 0
         self._closing = threading.Event()
+        self._asks_since = 0.0
+        """When the question began that the store has not answered yet; 0: none is open."""
         self._thread = threading.Thread(target=self._watch, name="xlmega-watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_the_store, name="xlmega-watchdog-store", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._publish()  # at once: a rank that never beat could not be missed
+        self._guard.start()
+        with self._asking():
+            self._publish()  # at once: a rank that never beat could not be missed
         self._thread.start()
         return self
 
@@ -90,11 +97,12 @@ class Watchdog:
         try:
             if error is None or self._world_size == 1 or _is_everybodys(error):
                 return
-            if not _is_a_peers(error):
-                words = f"ended with {type(error).__name__}: {str(error)[:500]}"
-                self._tell(words, [self._rank], LostRankError.exit_code)
-                return
-            verdict = self._who_left()
+            with self._asking():
+                if not _is_a_peers(error):
+                    words = f"ended with {type(error).__name__}: {str(error)[:500]}"
+                    self._tell(words, [self._rank], LostRankError.exit_code)
+                    return
+                verdict = self._who_left()
         finally:
             self._closing.set()
             self._thread.join(timeout=30.0)
@@ -114,33 +122,66 @@ class Watchdog:
             return min(self._timeout, max(self._least, self._factor * statistics.median(self._seconds)))
         return self._timeout
 
-    # ---------------------------------------------------------------- the thread
+    # ---------------------------------------------------------------- the threads
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Questions to the store, which must be answered before the host counts as lost."""
+        self._asks_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._asks_since = 0.0
+
+    def _watch_the_store(self) -> None:
+        for asleep in self._turns():
+            self._asks_since += asleep if self._asks_since else 0.0
+            since = self._asks_since
+            if since and time.monotonic() - since > self._silent:
+                words = f"keeps the store of the run, which has not answered for {time.monotonic() - since:.0f} s"
+                self._obey({"words": words, "ranks": [0], "code": LostRankError.exit_code, "where": ""}, ask=False)
+                return
+
+    def _turns(self) -> Iterator[float]:
+        """Every interval, until closing: for how long this process was stopped meanwhile, as all may have been."""
+        while not self._closing.is_set():
+            began = time.monotonic()
+            if self._closing.wait(self._interval):
+                return
+            asleep = time.monotonic() - began - self._interval
+            yield asleep if asleep > self._interval else 0.0
 
     def _watch(self) -> None:
         neighbour = (self._rank + 1) % self._world_size
         heard, seen = time.monotonic(), b""
-        while not self._closing.wait(self._interval):
+        for asleep in self._turns():
+            heard += asleep  # it could hear nobody
+            self._beat = (self._beat[0] + asleep, *self._beat[1:]) if asleep else self._beat
             try:
-                self._publish()
-                if self._store.check([_VERDICT]):
-                    self._obey(json.loads(self._store.get(_VERDICT)))
-                    return
-                if neighbour != self._rank and self._store.check([f"beat/{neighbour}"]):
-                    told = self._store.get(f"beat/{neighbour}")
-                    now = time.monotonic()
-                    if told != seen:
-                        heard, seen = now, told
-                    elif now - heard > self._silent:
-                        self._tell(f"has been silent for {now - heard:.0f} s", [neighbour], LostRankError.exit_code)
-                started = self._beat[0]
-                if time.monotonic() - started > self.limit():
-                    words = f"nothing has moved for {time.monotonic() - started:.0f} s"
-                    self._tell(f"{words} (limit {self.limit():.0f} s)", self._behind(), HangError.exit_code)
+                with self._asking():
+                    self._publish()
+                    if self._store.check([_VERDICT]):
+                        verdict = json.loads(self._store.get(_VERDICT))
+                        break
+                    if neighbour != self._rank:
+                        told = self._store.get(f"beat/{neighbour}") if self._store.check([f"beat/{neighbour}"]) else b""
+                        now = time.monotonic()
+                        if told != seen:
+                            heard, seen = now, told
+                        elif now - heard > self._silent:
+                            self._tell(f"has been silent for {now - heard:.0f} s", [neighbour], LostRankError.exit_code)
+                    started = self._beat[0]
+                    if time.monotonic() - started > self.limit():
+                        words = f"nothing has moved for {time.monotonic() - started:.0f} s"
+                        self._tell(f"{words} (limit {self.limit():.0f} s)", self._behind(), HangError.exit_code)
             except RuntimeError:  # torch.distributed.DistError and its kin: the store's host does not answer
                 if not self._closing.wait(self._interval):
                     host = {"words": "keeps the store of the run and does not answer", "ranks": [0]}
                     self._obey({**host, "code": LostRankError.exit_code, "where": ""})
                 return
+        else:
+            return
+        self._obey(verdict)
 
     def _who_left(self) -> dict[str, Any]:
         """A connection broke: the verdict that a rank left behind, or the ranks that no longer beat."""
@@ -148,6 +189,7 @@ class Watchdog:
             before = self._beats()
             deadline = time.monotonic() + 2.5 * self._interval + 1.0
             while time.monotonic() < deadline:
+                self._asks_since = time.monotonic()  # the last answer came
                 if self._store.check([_VERDICT]):
                     return dict(json.loads(self._store.get(_VERDICT)))
                 time.sleep(0.1)
@@ -191,14 +233,17 @@ class Watchdog:
                 verdict = {"words": words, "ranks": ranks, "code": code, "where": "; ".join(where)}
                 self._store.set(_VERDICT, json.dumps(verdict))
 
-    def _obey(self, verdict: dict[str, Any]) -> None:
-        """Leave the stacks, say why, and end the process, unless it ends by itself in a moment."""
+    def _obey(self, verdict: dict[str, Any], *, ask: bool = True) -> None:
+        """Leave the stacks, say why, and end the process, unless it ends by itself in a moment.
+
+        `ask` whether another rank of this host speaks; where the store does not answer, each does.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
         if self._closing.wait(_GRACE_SECONDS):
             return
-        if self._speaks():
+        if not ask or self._speaks():
             kind = HangError if verdict["code"] == HangError.exit_code else LostRankError
             stacks = f"Stacks of the ranks are in '{self._folder}'."
             print(f"{kind.__name__}: {_spell(verdict)} {stacks}", file=sys.stderr, flush=True)
