@@ -73,7 +73,8 @@ def serve(run: Run, first: int, last: int, plan: Plan | None = None, steps: Call
 def save(run: Run, step: int) -> None:
     folder = checkpoint.folder_of(run.output, step)
     folder.mkdir(parents=True)
-    publish(folder, {"format_version": checkpoint.FORMAT_VERSION, "step": step, "facts": _facts(run, step, {})})
+    about = {"format_version": checkpoint.FORMAT_VERSION, "step": step, "files": [], "facts": _facts(run, step, {})}
+    publish(folder, about)
 
 
 @pytest.fixture
@@ -187,6 +188,10 @@ RECORDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "step of the change": (lambda run: edit(run / "run.json", lambda t: mix(1)(t).update(from_step=26)), "add up"),
     "windows": (lambda run: edit(run / "run.json", lambda t: t["plan"]["windows"].update(qla=40)), "other windows"),
     "a step missing": (lambda run: relate(run, lambda lines: lines.pop(30)), "lacks step 31 and 0 more"),
+    "the last steps": (
+        lambda run: relate(run, lambda lines: lines.__delitem__(slice(40, None))),
+        "ends at step 40, but there is a whole checkpoint of step 60",
+    ),
     "hash": (lambda run: relate(run, lambda lines: lines[7].update(served=1)), "step 8 was trained on other"),
     "tokens": (
         lambda run: relate(run, lambda lines: lines[7]["tokens_by_language"].update(qlb=5.0)),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from written import flip, write
 
+from xlmega.errors import CheckpointError
 from xlmega.training.checkpoint import Checkpoint, folder_of, open_source
 from xlmega.training.inspection import checkpoint_lines, comparison_lines
 from xlmega.weights import storage
@@ -42,7 +43,10 @@ def test_checkpoints_are_listed_with_their_state(written: Path, tmp_path: Path) 
     flip(folder_of(run, 2) / "manifest.json", 40)
     storage.write_json(run / "checkpoints/latest", {"step": 8, "sha256": ""})
     lines = list(checkpoint_lines(run, verify=True))
-    assert "DAMAGED" in lines[1] and "manifest.json" in lines[1]
+    assert lines[1].count("DAMAGED") == 1 and "manifest.json" in lines[1]
+    assert "DAMAGED" in list(checkpoint_lines(run))[1]  # the manifest is read in any case
+    with pytest.raises(CheckpointError, match=f"holds the checkpoints of a run. Give '{run}', or one of them"):
+        open_source(run / "checkpoints")
     assert "DAMAGED" in lines[2] and "rank-00001.safetensors" in lines[2] and "sha256 differs" in lines[2]
     assert "step-00000008 was published last and IS GONE" in lines[3]
     assert list(checkpoint_lines(tmp_path)) == ["checkpoints: none"]

@@ -59,6 +59,11 @@ def test_history_takes_the_later_of_two_records_and_leaves_out_half_a_line(run: 
         "  sw          9.000 ->  7.000   4.500 ->  3.500     100",
         "  all         8.500 ->  6.000   4.250 ->  3.000     200",
     ]
+    records = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+    records.append(json.dumps(validation(3, sw=6)))  # another mix: its mean is of other languages
+    (run / "metrics.jsonl").write_text("\n".join(records))
+    history = read_history(run)
+    assert list(before_and_after(history, "valid"))[-1].split() == ["all", "-", "6.000", "-", "3.000", "100"]
 
 
 def test_a_damaged_line_in_the_middle_is_named(run: Path) -> None:

@@ -30,7 +30,7 @@ from xlmega.parallel.layout import Layout
 # Megatron-core warns in every process that the optional packages are missing; the start-up line says what is used.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
-warnings.filterwarnings("ignore", message=".*_into_tensor. is deprecated.*")
+warnings.filterwarnings("ignore", message=".*_(into|scatter)_tensor. is deprecated.*")
 
 
 @dataclass(frozen=True)

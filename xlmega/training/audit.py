@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from xlmega.data.plan import Plan
 from xlmega.errors import CheckpointError, DataError
-from xlmega.training.checkpoint import folder_of, list_checkpoints, read_manifest
+from xlmega.training.checkpoint import damage, folder_of, list_checkpoints, read_manifest
 from xlmega.training.history import read_recorded
 from xlmega.training.report import read_facts, read_history
 
@@ -63,12 +63,14 @@ def audited(run: Path) -> Audit:
         result.fault(str(error))
         return result
     plan = recorded.plan
+    published = list_checkpoints(run)  # before the steps: a run that goes on meanwhile tells of a step, then saves it
     history = read_history(run)
     steps = max((record["step"] for record in history.steps), default=0)
     _describe(result, plan, recorded.changes, steps)
     _check_steps(result, plan, history.steps, read_facts(run)["recipe"])
     _check_windows(result, plan, steps)
-    _check_checkpoints(result, run, plan, recorded.data, steps)
+    _check_checkpoints(result, run, plan, recorded.data, [one for one in published if one <= steps])
+    _check_end(result, run, [one for one in published if one > steps], steps)
     return result
 
 
@@ -161,9 +163,16 @@ def _check_windows(result: Audit, plan: Plan, steps: int) -> None:
             )
 
 
-def _check_checkpoints(result: Audit, run: Path, plan: Plan, data: dict[str, str], steps: int) -> None:
+def _check_end(result: Audit, run: Path, beyond: list[int], steps: int) -> None:
+    """A checkpoint of a later step than any told of was passed over by a resume, so it is a damaged one."""
+    whole = [step for step in beyond if not any(damage(folder_of(run, step)))]
+    if whole:
+        result.fault(f"metrics.jsonl ends at step {steps}, but there is a whole checkpoint of step {whole[-1]}")
+
+
+def _check_checkpoints(result: Audit, run: Path, plan: Plan, data: dict[str, str], steps: list[int]) -> None:
     checked = 0
-    for step in (one for one in list_checkpoints(run) if one <= steps):  # later ones were passed over by a resume
+    for step in steps:
         try:
             facts = read_manifest(folder_of(run, step))["facts"]
         except CheckpointError as error:

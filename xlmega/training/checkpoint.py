@@ -265,6 +265,8 @@ def open_source(path: Path, config_folder: Path | None = None) -> Any:
         return open_huggingface(path)
     if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
         return open_run(path)
+    if path.name == "checkpoints" and list_checkpoints(path.parent):
+        raise CheckpointError(f"'{path}' holds the checkpoints of a run. Give '{path.parent}', or one of them.")
     from xlmega.weights.foreign import is_foreign, open_foreign
 
     if is_foreign(path):

@@ -33,9 +33,13 @@ def checkpoint_lines(run: Path, *, verify: bool = False) -> Iterator[str]:
         folder = folder_of(run, step)
         size = sum(path.stat().st_size for path in folder.iterdir())
         problems = list(damage(folder)) if verify else []
-        state = "" if not verify else f", DAMAGED: {' '.join(problems)}" if problems else ", whole"
+        try:
+            written = _written_by(folder)
+        except CheckpointError as error:
+            written, problems = "of an unknown run", problems or [str(error)]
+        state = f", DAMAGED: {' '.join(problems)}" if problems else ", whole" if verify else ""
         mark = ", latest" if step == pointed else ""
-        yield f"  {folder} {size / 1e6:.1f} MB, {_written_by(folder)}{mark}{state}"
+        yield f"  {folder} {size / 1e6:.1f} MB, {written}{mark}{state}"
     if pointed is not None and pointed not in found:
         yield f"  {folder_of(run, pointed)} was published last and IS GONE"
     parts = sorted(path.name for path in (run / "checkpoints").glob("*.part"))
@@ -44,10 +48,7 @@ def checkpoint_lines(run: Path, *, verify: bool = False) -> Iterator[str]:
 
 
 def _written_by(folder: Path) -> str:
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        return f"DAMAGED: {error}"
+    manifest = read_manifest(folder)
     validation = manifest["facts"].get("validation", {})
     scores = "".join(f", {name} {scores['nats_per_token']:.4f} nats/token" for name, scores in validation.items())
     return f"{manifest['layout']} ZeRO-{manifest['zero_stage']} {manifest['precision']}{scores}"

@@ -113,7 +113,8 @@ def before_and_after(history: History, name: str) -> Iterator[str]:
     # The whole set stands last, under a name that no language has.
     pairs = [(language, first["by_language"].get(language), scores) for language, scores in last["by_language"].items()]
     whole = {"tokens": sum(scores.get("tokens", 0) for scores in last["by_language"].values()), **last}
-    for language, before, after in [*pairs, ("all", first, whole)]:
+    same = first["by_language"].keys() == last["by_language"].keys()  # else two means over different languages
+    for language, before, after in [*pairs, ("all", first if same else None, whole)]:
         row = [language]
         for unit in ("nats_per_token", "bits_per_byte"):
             row += ["-" if before is None else f"{before[unit]:.3f} ->", f"{after[unit]:.3f}"]

@@ -305,9 +305,8 @@ def _check_output(run: Run, output: Path, resume: bool) -> Recorded | None:
         return None
     if not resume:
         state = f"checkpoints of steps {list_checkpoints(output)}" if list_checkpoints(output) else "files"
-        raise CheckpointError(
-            f"--output '{output}' is occupied: it has {state}. Go on with --resume, or choose another."
-        )
+        way = "Go on with --resume, or choose another." if names & {"run.json", "checkpoints"} else "Choose another."
+        raise CheckpointError(f"--output '{output}' is occupied: it has {state}. {way}")
     if not (output / "run.json").is_file():
         raise CheckpointError(
             f"--resume: '{output}' is not empty and not a run (no run.json). Choose another --output."
