@@ -9,6 +9,7 @@ tells who had it last.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -68,7 +69,10 @@ class _Lock:
 
     def __init__(self, path: Path, *, passing: bool) -> None:
         self._path, self._passing = path, passing
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, f"'{path.parent}' is a file") from None
         while True:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:

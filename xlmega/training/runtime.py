@@ -22,7 +22,7 @@ _RECIPE_KEYS = {
     "gradient_clipping": "optimizer.gradient_clipping",
     "train_batch_size": "training.batch_windows",
     "gradient_accumulation_steps": "training.batch_windows (it follows from that, dp and the micro-batch)",
-    "data_types": "nothing: gradients are always accumulated in fp32",
+    "data_types": "no file: gradients are always accumulated in fp32",
     "steps_per_print": "training.log_every_steps",
     "activation_checkpointing": "--recompute",
     "pipeline": "--pp and --virtual_stages",
