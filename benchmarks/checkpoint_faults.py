@@ -136,14 +136,13 @@ def check_same(run: Path, alone: Path) -> None:
 class Death:
     """When and how a life ends: arranged in every rank, carried out by one."""
 
-    def __init__(self, generator: random.Random, ranks: int, operations: dict[str, int]):
+    def __init__(self, generator: random.Random, operations: list[dict[str, int]]):
         self.phase = generator.choice(("load", "save", "save", "publish"))
-        self.rank = 0 if self.phase == "publish" else generator.randrange(ranks)
+        self.rank = 0 if self.phase == "publish" else generator.randrange(len(operations))
         self.of_all = generator.random() < 0.4
         self.after_saves = generator.randint(0, 1)
         self.by_time = self.phase != "publish" and generator.random() < 0.4
-        count = operations[self.phase]
-        self.at = generator.randint(1, count)
+        self.at = generator.randint(1, operations[self.rank][self.phase])
         self.delay = generator.random() * 0.15
 
     def describe(self) -> str:
@@ -187,21 +186,19 @@ class Death:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def count_operations(runs: Runs) -> dict[str, int]:
-    """File operations of rank 0 in loading, in a save and in its publishing."""
+def count_operations(runs: Runs) -> list[dict[str, int]]:
+    """File operations of each rank in loading, in a save and, of them, in its publishing."""
     run = runs.run("counted")
     shutil.copytree(runs.run("alone"), run)
     for step in list_checkpoints(run)[1:]:
         shutil.rmtree(folder_of(run, step))
-    told = runs.folder / "operations.json"
+    told = [runs.folder / f"operations{rank}.json" for rank in range(runs.ranks)]
 
     def prepare(rank: int) -> None:
-        if rank:
-            return
         stand_in = faults.FaultyOs(10**9, lambda name: None)
         module: Any = storage
         module.os = stand_in
-        marks: dict[str, int] = {}
+        marks: dict[str, int] = {"publish": 0}  # only rank 0 publishes
         save, publish = saving.Saver.save, saving._publish
 
         def counted(saver: Any, *arguments: Any, **keywords: Any) -> Iterator[Any]:
@@ -209,21 +206,23 @@ def count_operations(runs: Runs) -> dict[str, int]:
             begun = len(stand_in.log)
             yield from save(saver, *arguments, **keywords)
             marks.setdefault("save", len(stand_in.log) - begun)
-            told.write_text(json.dumps(marks))
+            told[rank].write_text(json.dumps(marks))
 
         def published(*arguments: Any) -> None:
             begun = len(stand_in.log)
             publish(*arguments)
-            marks.setdefault("publish", len(stand_in.log) - begun)
+            marks["publish"] = marks["publish"] or len(stand_in.log) - begun
 
         saving.Saver.save, saving._publish = counted, published  # type: ignore[method-assign]
 
     codes, said = runs.live("counted", prepare)
     check(not any(codes), said)
-    return dict(json.loads(told.read_text()))
+    return [json.loads(path.read_text()) for path in told]
 
 
-def killed(runs: Runs, count: int, generator: random.Random, operations: dict[str, int], lives: int) -> Counter[str]:
+def killed(
+    runs: Runs, count: int, generator: random.Random, operations: list[dict[str, int]], lives: int
+) -> Counter[str]:
     """`count` deaths, at most `lives` in a run; each run's end is compared with the run left alone."""
     died: Counter[str] = Counter()
     number = restarts = 0
@@ -231,7 +230,7 @@ def killed(runs: Runs, count: int, generator: random.Random, operations: dict[st
         number += 1
         name, before = f"killed{number}", 0
         for _ in range(lives):
-            death = Death(generator, runs.ranks, operations)
+            death = Death(generator, operations)
             if death.phase == "load" and not list_checkpoints(runs.run(name)):
                 death.phase = "save"
             codes, said = runs.live(name, death.arrange, asynchronous=generator.random() < 0.5)
@@ -265,14 +264,15 @@ def check_lock(runs: Runs) -> None:
 # -------------------------------------------------------------------- failing disks
 
 
-def failing(runs: Runs, count: int, generator: random.Random, operations: dict[str, int]) -> Counter[str]:
+def failing(runs: Runs, count: int, generator: random.Random, operations: list[dict[str, int]]) -> Counter[str]:
     """Saves that meet ENOSPC or EIO: the run goes on and is the same; at the last save it ends with code 2."""
     seen: Counter[str] = Counter()
     for number in range(count):
         name = f"failing{number}"
         last = number % 5 == 4
         rank = generator.randrange(runs.ranks)
-        at = generator.randint(1, max(1, operations["save"] - operations["publish"] - 2))
+        own = operations[rank]
+        at = generator.randint(1, max(1, own["save"] - own["publish"] - 2))
         nth = STEPS // SAVE_EVERY if last else generator.randint(1, STEPS // SAVE_EVERY - 1)
 
         def prepare(me: int, rank: int = rank, at: int = at, nth: int = nth) -> None:
@@ -374,7 +374,7 @@ def main() -> None:
             print(f"{layout}: the run left alone took {time.monotonic() - started:.1f} s", flush=True)
             check_lock(runs)
             operations = count_operations(runs)
-            print(f"{layout}: file operations of rank 0: {operations}", flush=True)
+            print(f"{layout}: file operations of each rank: {operations}", flush=True)
             died = killed(runs, args.count, generator, operations, args.lives)
             restarts = died.pop("restarts")
             how = ", ".join(f"{name} {number}" for name, number in sorted(died.items()))
