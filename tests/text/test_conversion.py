@@ -58,7 +58,10 @@ def test_a_folder_of_languages_and_kinds_of_files(tmp_path: Path) -> None:
         Document("x", "fr", "fr/a.jsonl.zst:3"),
         Document("plus bas", "fr", "fr/b/deep.txt:1"),
     ]
-    assert said == [f"1 files of '{folder}' are of other kinds or languages and are passed over"]
+    assert said == [
+        f"'{folder / 'de'}' holds no file of text: nothing comes from it",
+        f"1 files of '{folder}' are of other kinds or languages and are passed over",
+    ]
     assert {name: (row.kept, row.dropped) for name, row in statistics["train"].rows.items()} == {
         "de": (1, {}), "en": (1, {}), "fr": (3, {"blank": 1}),
     }  # fmt: skip

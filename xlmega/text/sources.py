@@ -106,6 +106,7 @@ def find_sources(
     folders = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
     has_splits = bool(folders) and folders <= SPLITS.keys()
     sources, others = [], 0
+    empty = {child for child in path.glob("*/*" if has_splits else "*") if child.is_dir() and child.name[0] != "."}
     for file in walk(path):
         parts = file.relative_to(path).parts
         if not _is_text(file) or (has_splits and len(parts) < 2):
@@ -118,7 +119,10 @@ def find_sources(
         if language is not None and folder and folder != language:
             others += 1  # another language's
             continue
+        empty.discard(path.joinpath(*parts[: 1 + has_splits]))
         sources.append(_file_source(file, "/".join(parts), split, folder or language, reading))
+    for bare in sorted(empty) if language is None else ():
+        say(f"'{bare}' holds no file of text: nothing comes from it")
     if others:
         say(f"{others:,} files of '{path}' are of other kinds or languages and are passed over")
     if not sources:
