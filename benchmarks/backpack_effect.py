@@ -1,12 +1,14 @@
 """A Backpack against its GPT twin on English and French: perplexity by language and the cloze test, over seeds.
 
     python benchmarks/backpack_effect.py --output /tmp/effect               mini, 8 senses, three seeds
+    python benchmarks/backpack_effect.py --output /tmp/effect --jobs 6      as many runs side by side (a GPU has room)
     python benchmarks/backpack_effect.py --output /tmp/effect --quick       a tiny pair: does it run?
 
 Both models see the same tokens in the same order (the order is the seed's), with the same recipe but for the model.
 Training text is pydocs of both languages and the sides of the parallel pairs, from ../shared/data; figures are of its
 valid split. At the end stand, for each model, perplexity per token by language (mean and spread over seeds), cloze
 top-1 and top-3, and where the pictures of 20 words of each language lie. A run that is there is not trained again.
+With a GPU (and without DS_ACCELERATOR=cpu) runs are trained on it in bf16, else on the CPU in fp32.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +92,24 @@ def train(folder: Path, model: str, seed: int, asked: argparse.Namespace) -> flo
         settings.append("model.num_layers=1")  # one fewer than the twin
     sets = [word for setting in settings for word in ("--set", setting)]
     start = time.perf_counter()
-    config = ("--ds_config", ROOT / "ds_configs" / "cpu_debug.json", "--recipe", "nano_gpt_mini")
-    run("xlmega/pretrain.py", *config, *sets, "--output", output)
+    run("xlmega/pretrain.py", "--ds_config", folder / "ds.json", "--recipe", "nano_gpt_mini", *sets, "--output", output)
     (output / "finished").touch()
     return time.perf_counter() - start
+
+
+def in_own_process(model: str, seed: int) -> Any:
+    """Train and score, as this script is told with --only."""
+    line = [sys.executable, __file__, *sys.argv[1:], "--only", f"{model}-{seed}"]
+    told = subprocess.run(line, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise SystemExit(f"{model}-{seed} failed:\n{told.stderr[-4000:]}")
+    return json.loads(told.stdout.splitlines()[-1])
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def figures_of(folder: Path, items: list[Any]) -> dict[str, dict[str, float]]:
@@ -106,7 +123,8 @@ def figures_of(folder: Path, items: list[Any]) -> dict[str, dict[str, float]]:
     last = [record for record in records if record.get("validation") == "valid"][-1]
     found = {code: {"perplexity": math.exp(last["by_language"][code]["nats_per_token"])} for code in LANGUAGES}
     source = open_source(folder)
-    cloze = evaluate_cloze(LogicalScorer(source), load_vocabulary(source.vocabulary_folder), items)
+    scorer = LogicalScorer(source, device="cuda" if on_gpu() else "cpu")
+    cloze = evaluate_cloze(scorer, load_vocabulary(source.vocabulary_folder), items)
     for code in LANGUAGES:
         found[code] |= {"top-1": cloze[code].top1 / cloze[code].items, "top-3": cloze[code].top3 / cloze[code].items}
     return found
@@ -135,27 +153,41 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--items", type=int, default=100, help="cloze passages of each language")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--quick", action="store_true", help="a tiny pair on little text")
+    parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if not DATA.is_dir():
+    folder = asked.output.resolve()
+    made = (folder / "tokens" / "valid").is_dir()
+    if not (made or DATA.is_dir()):
         raise SystemExit(f"'{DATA}' is not there: this benchmark is about that text.")
     if asked.quick:
         asked.steps, asked.windows, asked.seeds, asked.items = 3, 4, 2, 3
-    folder = asked.output.resolve()
-    if not (folder / "tokens" / "valid").is_dir():
+    if not made:
         make_data(folder, 1000 if asked.quick else 10_001, asked.quick)
 
     from xlmega.evaluation.cloze import make_items
     from xlmega.text.corpus import read_corpus
 
     items = make_items(read_corpus(folder / "corpus" / "valid"), asked.items)
+    if asked.only:
+        model, seed = asked.only.split("-")
+        took = train(folder, model, int(seed), asked)
+        print(json.dumps({"seconds": took, "figures": figures_of(folder / asked.only, items)}))
+        return
+    how: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}
+    if on_gpu():
+        how |= {"train_micro_batch_size_per_gpu": asked.windows, "bf16": {"enabled": True}}
+    (folder / "ds.json").write_text(json.dumps(how))
     results: dict[str, list[dict[str, dict[str, float]]]] = {model: [] for model in MODELS}
     seconds: dict[str, list[float]] = {model: [] for model in MODELS}
-    for seed in range(asked.seeds):
-        for model in MODELS:
-            seconds[model].append(train(folder, model, seed, asked))
-            results[model].append(figures_of(folder / f"{model}-{seed}", items))
-            print(f"{model}, seed {seed}: {seconds[model][-1]:.0f} s, {results[model][-1]}", file=sys.stderr)
+    runs = [(model, seed) for seed in range(asked.seeds) for model in MODELS]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        answers = pool.map(lambda one: in_own_process(*one), runs)
+        for (model, seed), answer in zip(runs, answers, strict=True):
+            results[model].append(answer["figures"])
+            seconds[model].append(answer["seconds"])
+            print(f"{model}, seed {seed}: {answer['seconds']:.0f} s, {answer['figures']}", file=sys.stderr, flush=True)
     words, pairs = folder / "words.tsv", folder / "pairs.tsv"
     words.write_text("".join(f"en\t{a}\nfr\t{b}\n" for a, b in PAIRS), encoding="utf-8")
     pairs.write_text("".join(f"{a}\t{b}\n" for a, b in PAIRS), encoding="utf-8")

@@ -7,6 +7,7 @@ plain loop of `peers` around them, no dropout, tied embeddings, the same windows
   L, L] at once, cross-entropy in fp32 on all logits.
 - `straight_senses`: xlmega's decoder (attention, loss by blocks) with only the senses written straight down: what the
   senses alone cost.
+- `blockwise`, on a GPU: xlmega's with the mix of senses as a CPU does it, in place of the kernels.
 
 Shape letters: B windows, L positions, D hidden_size, K senses, H width of a sense's queries, V vocabulary.
 """
@@ -106,7 +107,7 @@ class StraightSenses(torch.nn.Module):
         parts = self.query_key(hidden_BLD).split(width, dim=2)
         q, k = (part.view(batch, length, senses, -1).transpose(1, 2) for part in parts)  # BKLH
         scores_BKLL = q @ k.transpose(2, 3) * ((width // senses) ** -0.5 if original else 1.0)
-        future_LL = torch.ones(length, length, dtype=torch.bool).triu(1)
+        future_LL = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         alpha_BKLL = scores_BKLL.masked_fill(future_LL, float("-inf")).softmax(-1)
         return (alpha_BKLL @ senses_BKLD).sum(1)
 
@@ -159,14 +160,14 @@ def _decoder(sizes: Sizes, family: str, straight: bool = False) -> tuple[torch.n
     from xlmega.parallel.layout import Layout
 
     model = model_of(sizes, family)
-    config = specs.transformer_config(model, Layout(), dtype=torch.bfloat16, on_cpu=True)
+    config = specs.transformer_config(model, Layout(), dtype=torch.bfloat16, on_cpu=peers.DEVICE.type == "cpu")
     (stage,) = build_stages(model, config)
     if straight:
         stage.senses = _InPlace(StraightSenses(sizes).bfloat16())
     peers.draw(stage)
 
     def loss_of(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        weights_BL = torch.full(inputs_BL.shape, 1.0 / inputs_BL.numel())
+        weights_BL = torch.full(inputs_BL.shape, 1.0 / inputs_BL.numel(), device=inputs_BL.device)
         return stage(MicroBatch(inputs_BL, targets_BL, weights_BL))[0]
 
     return stage, loss_of
@@ -192,7 +193,13 @@ def contender(name: str, sizes: Sizes) -> Iterator[tuple[torch.nn.Module, peers.
         yield module, module
         return
     with peers._one_rank():
+        if name == "blockwise":
+            from xlmega.models import senses
+
+            senses.kernels_for = lambda tensor: None
         yield _decoder(sizes, "gpt" if name == "twin" else "backpack", straight=name == "straight_senses")
 
 
-NAMES: tuple[str, ...] = ("xlmega", "twin", "straight", "straight_senses")
+def names() -> tuple[str, ...]:
+    """The contenders on this machine."""
+    return ("xlmega", "twin", "straight", "straight_senses", *(["blockwise"] if peers.DEVICE.type == "cuda" else []))

@@ -4,11 +4,12 @@ GPT twin, memory by length, and generation with cached senses against recomputin
     python benchmarks/backpack_step.py                 a small Backpack, 16 senses, 8 x 512 tokens, bf16, 2 threads
     python benchmarks/backpack_step.py --variant nano
     python benchmarks/backpack_step.py --quick         tiny sizes: does it run?
+    python benchmarks/backpack_step.py --windows 64    on a GPU, where there is one, unless DS_ACCELERATOR=cpu
 
 Each contender runs in a process of its own and takes steps in turns with the others; times are medians, ratios medians
-over rounds of the ratio within a round. Memory is the resident peak of a step, as it is and less what lies there before
-it (weights, masters, moments). Tokens are English and French text where ../shared/data is, else drawn by Zipf's law;
-the share of distinct ids is printed, for senses are computed once for each.
+over rounds of the ratio within a round. Memory is the resident peak of a step (on a GPU that of its tensors), as it is
+and less what lies there before it (weights, masters, moments). Tokens are English and French text where ../shared/data
+is, else drawn by Zipf's law; the share of distinct ids is printed, for senses are computed once for each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PYDOCS = ROOT.parent / "shared" / "data" / "pydocs" / "train"
-NAMES = ("xlmega", "twin", "straight", "straight_senses")
 WARM_UP_STEPS = 2
 LENGTHS = (512, 1024, 2048, 4096)
 TINY = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_senses": 4, "vocab_size": 600, "sequence_length": 64}
@@ -42,7 +42,6 @@ class Worker:
 
     def __init__(self, name: str, sizes: dict[str, Any], tokens: Path, threads: int):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
         self.name = name
         command = [sys.executable, __file__, "--worker", name, "--sizes", json.dumps(sizes), "--tokens", str(tokens)]
         self._process = subprocess.Popen(
@@ -67,7 +66,13 @@ class Worker:
 
 
 def resident(which: str = "VmRSS") -> float:
-    """Megabytes of this process: VmRSS now, VmHWM at its highest since `forget_peak`."""
+    """Megabytes of this process (of its tensors on a GPU): VmRSS now, VmHWM at its highest since `forget_peak`."""
+    import peers
+    import torch
+
+    if peers.DEVICE.type == "cuda":
+        now = which == "VmRSS"
+        return (torch.cuda.memory_allocated() if now else torch.cuda.max_memory_allocated()) / 2**20
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(which):
             return int(line.split()[1]) / 1024
@@ -76,6 +81,12 @@ def resident(which: str = "VmRSS") -> float:
 
 def forget_peak() -> None:
     """Give free memory back and let the peak begin where memory is now."""
+    import peers
+    import torch
+
+    if peers.DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -115,9 +126,11 @@ def work_as_told(name: str, given: dict[str, Any], tokens_file: Path) -> None:
                 reply({"parameters": sum(p.numel() for p in module.parameters())})
             elif order == "step":
                 assert step is not None
+                peers.synchronize()
                 start = time.perf_counter()
                 loss = step(batch(index))
                 index += 1
+                peers.synchronize()
                 reply({"seconds": time.perf_counter() - start, "loss": loss})
             elif order == "memory":
                 assert step is not None
@@ -126,7 +139,7 @@ def work_as_told(name: str, given: dict[str, Any], tokens_file: Path) -> None:
                 step(batch(index))
                 reply({"peak": resident("VmHWM"), "before": before})
             else:  # one forward and backward pass, no optimizer
-                tokens = torch.from_numpy(batch(0))
+                tokens = torch.from_numpy(batch(0)).to(peers.DEVICE)
                 inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
                 for parameter in module.parameters():
                     parameter.grad = torch.zeros_like(parameter)
@@ -179,9 +192,12 @@ def distinct_share(path: Path, windows: int, length: int) -> float:
 
 def measure_steps(sizes: dict[str, Any], tokens: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Times in turns, then each contender's memory."""
+    import backpack_peers
+
     workers: list[Worker] = []
     results: dict[str, Any] = {}
-    for name in NAMES:  # one is ready before the next starts: groups of one rank look for a free port each
+    # One is ready before the next starts: groups of one rank look for a free port each.
+    for name in backpack_peers.names():
         workers.append(Worker(name, sizes, tokens, threads))
         results[name] = {**workers[-1].ask("ready"), "seconds": [], "losses": []}
     matmul, rates = Worker("matmul", sizes, tokens, threads), []
@@ -216,6 +232,7 @@ def measure_lengths(sizes: dict[str, Any], tokens: Path, threads: int, lengths: 
 def measure_generation(given: dict[str, Any], threads: int, prompt: int, new: int) -> dict[str, float]:
     """Seconds for greedy continuation: the export with its caches, and the formulas recomputed for every token."""
     import backpack_peers
+    import peers
     import torch
 
     from xlmega.weights.backpack_code.configuration_backpack import BackpackConfig
@@ -236,9 +253,9 @@ def measure_generation(given: dict[str, Any], threads: int, prompt: int, new: in
         norm_bias=not nano,
         scale_attn_by_inverse_layer_idx=not nano,
     )
-    model = BackpackForCausalLM(config).eval()
-    straight = backpack_peers.StraightBackpack(sizes).eval()
-    ids = torch.arange(prompt)[None] * 7 % sizes.vocab_size
+    model = BackpackForCausalLM(config).eval().to(peers.DEVICE)
+    straight = backpack_peers.StraightBackpack(sizes).eval().to(peers.DEVICE)
+    ids = torch.arange(prompt, device=peers.DEVICE)[None] * 7 % sizes.vocab_size
     how: Any = {"do_sample": False, "max_new_tokens": new, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
 
     def recomputed() -> None:
@@ -252,14 +269,17 @@ def measure_generation(given: dict[str, Any], threads: int, prompt: int, new: in
     def best(work: Any) -> float:
         times = []
         for _ in range(3):
+            peers.synchronize()
             start = time.perf_counter()
             work()
+            peers.synchronize()
             times.append(time.perf_counter() - start)
         return min(times)
 
     with torch.no_grad():
         start = time.perf_counter()
         model.backpack.cache_senses()
+        peers.synchronize()
         table = time.perf_counter() - start
         return {"cached": best(cached), "recomputed": best(recomputed), "table": table}
 
@@ -275,7 +295,8 @@ def table(results: dict[str, Any], step_tokens: int) -> str:
         "| contender | parameters | s/step (median) | tokens/s | time over xlmega's | peak MB | of it the step's |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in NAMES:
+    names = [name for name in results if name != "matmul"]
+    for name in names:
         found = results[name]
         seconds = statistics.median(found["seconds"])
         lines.append(
@@ -283,7 +304,7 @@ def table(results: dict[str, Any], step_tokens: int) -> str:
             f"{ratio(results, name):.2f} | {found['peak']:,.0f} | {found['peak'] - found['before']:,.0f} |"
         )
     ours, straight, twin = (results[name] for name in ("xlmega", "straight", "twin"))
-    steps = {name: results[name]["peak"] - results[name]["before"] for name in NAMES}
+    steps = {name: results[name]["peak"] - results[name]["before"] for name in names}
     told = f"""
 tokens/s over the straightforward model's: {ratio(results, "straight"):.2f} (aim 1.4)
   over that with only the senses straightforward: {ratio(results, "straight_senses"):.2f}
@@ -302,6 +323,7 @@ def main() -> None:
     parser.add_argument("--parts", default="steps,lengths,generation", help="what to measure, comma-separated")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=8, help="windows of a step")
     parser.add_argument("--output", type=Path, default=Path(), help="folder for backpack_step.json and the tokens")
     for hidden in ("--worker", "--sizes", "--tokens"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
@@ -315,7 +337,7 @@ def main() -> None:
 
     import backpack_peers
 
-    sizes = {"variant": asked.variant, **(TINY if asked.quick else {})}
+    sizes = {"variant": asked.variant, "batch_windows": asked.windows, **(TINY if asked.quick else {})}
     full = backpack_peers.Sizes(**sizes)
     report: dict[str, Any] = {"sizes": dataclasses.asdict(full), "threads": asked.threads}
     tokens, origin = make_tokens(asked.output, full.vocab_size, asked.quick)

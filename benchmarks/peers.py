@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 Step = Callable[[np.ndarray], float]
 LossOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
 LEARNING_RATE = 1e-4
 CLIPPING = 1.0
 BETAS = (0.9, 0.95)
@@ -59,6 +60,12 @@ class Workload:
         parameters = self.vocab_size * d + self.num_layers * (4 * d * d + 2 * d * f + 9 * d + f) + 2 * d
         attention = 3 * 2 * 2 * self.num_layers * d * self.sequence_length / 2
         return self.step_tokens * (6.0 * parameters + attention)
+
+
+def synchronize() -> None:
+    """Wait for a GPU, so that a clock tells the time of the work and not of its orders."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class MasterAdamW:
@@ -98,7 +105,7 @@ def plain_loop(module: torch.nn.Module, loss_of: LossOf, micro: int) -> Step:
 
     def step(tokens: np.ndarray) -> float:
         total = 0.0
-        for part in torch.from_numpy(tokens).split(micro):
+        for part in torch.from_numpy(tokens).to(DEVICE).split(micro):
             loss = loss_of(part[:, :-1].contiguous(), part[:, 1:].contiguous()) * (len(part) / len(tokens))
             loss.backward()
             total += loss.item()
@@ -110,7 +117,8 @@ def plain_loop(module: torch.nn.Module, loss_of: LossOf, micro: int) -> Step:
 
 def draw(module: torch.nn.Module) -> None:
     """Seeded initial weights for any decoder: N(0, 0.02) matrices, norms at one, biases at zero."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    module.to(DEVICE)
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:
@@ -128,7 +136,8 @@ def _one_rank() -> Iterator[tuple[Any, torch.device]]:
 
     process = groups.discover({})
     chosen = layout.choose(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    if DEVICE.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     with groups.joined(process, chosen) as device:
         yield chosen, device
 
@@ -188,12 +197,12 @@ def _own_decoder(work: Workload, layout: Any) -> tuple[Any, LossOf]:
     from xlmega.models.decoder import MicroBatch, build_stages
 
     model = _xlmega_model(work)
-    config = specs.transformer_config(model, layout, dtype=torch.bfloat16, on_cpu=True)
+    config = specs.transformer_config(model, layout, dtype=torch.bfloat16, on_cpu=DEVICE.type == "cpu")
     (stage,) = build_stages(model, config)
     draw(stage)
 
     def loss_of(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-        weights_BL = torch.full(inputs_BL.shape, 1.0 / inputs_BL.numel())
+        weights_BL = torch.full(inputs_BL.shape, 1.0 / inputs_BL.numel(), device=DEVICE)
         return stage(MicroBatch(inputs_BL, targets_BL, weights_BL))[0]
 
     return stage, loss_of
@@ -225,7 +234,7 @@ def _megatron_decoder(work: Workload) -> tuple[torch.nn.Module, LossOf]:
         num_attention_heads=work.num_heads,
         params_dtype=torch.bfloat16,
         bf16=True,
-        use_cpu_initialization=True,
+        use_cpu_initialization=DEVICE.type == "cpu",
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -243,8 +252,8 @@ def _megatron_decoder(work: Workload) -> tuple[torch.nn.Module, LossOf]:
     draw(module)
     # Nothing is dropped, so nothing is drawn: swapping CUDA generators for dropout has no meaning here.
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: contextlib.nullcontext()
-    places = torch.arange(work.sequence_length)[None]
-    future = torch.ones(1, 1, work.sequence_length, work.sequence_length, dtype=torch.bool).triu(1)
+    places = torch.arange(work.sequence_length, device=DEVICE)[None]
+    future = torch.ones(1, 1, work.sequence_length, work.sequence_length, dtype=torch.bool, device=DEVICE).triu(1)
 
     def loss_of(inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
         positions_BL = places.expand(len(inputs_BL), -1)
@@ -358,11 +367,13 @@ CONTENDERS: dict[str, Callable[[Workload, int], contextlib.AbstractContextManage
 
 def matmul_rate(size: int = 2048, repeats: int = 10) -> float:
     """Best bf16 rate of a square product in FLOP/s."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     best = math.inf
     for _ in range(repeats):
+        synchronize()
         start = time.perf_counter()
         a @ b
+        synchronize()
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 
@@ -371,7 +382,7 @@ def forward_backward(name: str, work: Workload) -> float:
     """One forward and backward pass of 'xlmega' or 'megatron' in bf16 without optimizer; the loss."""
     with _one_rank() as (layout, _):
         _, loss_of = _own_decoder(work, layout) if name == "xlmega" else _megatron_decoder(work)
-        tokens_BL1 = torch.from_numpy(work.tokens(0))
+        tokens_BL1 = torch.from_numpy(work.tokens(0)).to(DEVICE)
         loss = loss_of(tokens_BL1[:, :-1].contiguous(), tokens_BL1[:, 1:].contiguous())
         loss.backward()
         return float(loss)

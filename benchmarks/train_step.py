@@ -46,7 +46,7 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONWARNINGS": "ignore",
-            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
         }
         self.name, self.micro = name, micro
         self._process = subprocess.Popen(

@@ -43,6 +43,40 @@ def _close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6)
     assert float((found.double() - expected).abs().max()) <= tolerance * scale
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("rows_in_block", [1, 19, NUM_ROWS, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_on_a_gpu_it_is_the_same(rows_in_block: int, dtype: torch.dtype, tolerance: float) -> None:
+    found = [x.detach().to("cuda", dtype if x.is_floating_point() else None) for x in _inputs()[:3]]
+    hidden_ND, weight_VD, targets_N = (x.requires_grad_() if x.is_floating_point() else x for x in found)
+    loss, nll_N = head.weighted_loss(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        _inputs()[3].cuda(),
+        gradient_scale=0.25,
+        chunk_bytes=rows_in_block * NUM_TOKENS * hidden_ND.element_size(),
+    )
+    (loss * 8.0).backward()
+    for value, expected in zip((loss, nll_N, hidden_ND.grad, weight_VD.grad), _plain(8.0)):
+        _close(value.detach().cpu(), expected, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_a_vocabulary_wider_than_a_program_is_summed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND, weight_VD = (torch.randn(n, 32, generator=generator).cuda().requires_grad_() for n in (40, 5003))
+    targets_N = torch.randint(0, 5003, (40,), generator=generator).cuda()
+    loss, nll_N = head.weighted_loss(hidden_ND, weight_VD, targets_N, torch.ones(40, device="cuda"))
+    expected_N = F.cross_entropy(hidden_ND.double() @ weight_VD.double().t(), targets_N, reduction="none")
+    _close(nll_N, expected_N.detach())
+    wanted = torch.autograd.grad(expected_N.sum(), (hidden_ND, weight_VD))
+    for gradient, other in zip(torch.autograd.grad(loss, (hidden_ND, weight_VD)), wanted, strict=True):
+        _close(gradient, other)
+
+
 @pytest.mark.parametrize("rows_in_block", [1, 5, 19, NUM_ROWS - 1, NUM_ROWS, 1000])
 def test_fp32_equals_cross_entropy_for_any_block(rows_in_block: int) -> None:
     hidden_ND, weight_VD, targets_N, weights_N = _inputs()

@@ -9,6 +9,17 @@ from xlmega.models import senses
 from xlmega.models.senses import mix_senses
 
 pytestmark = pytest.mark.torch
+# On a GPU the kernels do it, on a CPU (and where triton is not installed) the walk.
+on_every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")],
+        ),
+    ],
+)
 
 
 def written_out(
@@ -16,45 +27,70 @@ def written_out(
 ) -> torch.Tensor:
     length = len(query_LBKH)
     scores_BKLS = torch.einsum("lbkh,sbkh->bkls", query_LBKH.float(), key_LBKH.float()) * scale
-    future_LS = torch.ones(length, length, dtype=torch.bool).triu(1)
+    future_LS = torch.ones(length, length, dtype=torch.bool, device=query_LBKH.device).triu(1)
     alpha_BKLS = scores_BKLS.masked_fill(future_LS, float("-inf")).softmax(-1)
     return torch.einsum("bkls,bskd->lbd", alpha_BKLS, senses_UKD.float()[place_BL])
 
 
-def inputs(length: int, num_senses: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def inputs(
+    length: int, num_senses: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(length)
     shapes = [(length, 3, num_senses, 8)] * 2 + [(11, num_senses, 24)]
-    values = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    return *values, torch.randint(11, (3, length), generator=generator)
+    values = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return *values, torch.randint(11, (3, length), generator=generator).to(device)
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device)
 
 
 # One position; a whole block; a part of a block more; blocks of the smallest size because there are many senses.
+@on_every_device
 @pytest.mark.parametrize(("length", "num_senses"), [(1, 1), (128, 2), (130, 2), (100, 512), (300, 5)])
-def test_mix_and_gradients(length: int, num_senses: int) -> None:
-    *values, place_BL = inputs(length, num_senses)
+def test_mix_and_gradients(length: int, num_senses: int, device: str) -> None:
+    *values, place_BL = inputs(length, num_senses, device=device)
     mixed, expected = mix_senses(*values, place_BL, 0.3), written_out(*values, place_BL, 0.3)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
-    d_mixed = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
+    d_mixed = random_like(mixed)
     found = torch.autograd.grad(mixed, values, d_mixed)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, values, d_mixed), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * wanted.abs().max().clamp(min=1).item())
 
 
-def test_large_scores_neither_overflow_nor_vanish() -> None:
-    query, key, sense_vectors, place_BL = inputs(40, 3)
+@on_every_device
+def test_large_scores_neither_overflow_nor_vanish(device: str) -> None:
+    query, key, sense_vectors, place_BL = inputs(40, 3, device=device)
     values = (query.detach() * 100, key.detach() * 100, sense_vectors.detach())
     torch.testing.assert_close(mix_senses(*values, place_BL, 1.0), written_out(*values, place_BL, 1.0))
 
 
-def test_bf16_is_as_near_as_bf16_can_be() -> None:
-    *values, place_BL = inputs(200, 4, torch.bfloat16)
+@on_every_device
+def test_bf16_is_as_near_as_bf16_can_be(device: str) -> None:
+    *values, place_BL = inputs(200, 4, torch.bfloat16, device)
     mixed, expected = mix_senses(*values, place_BL, 0.3), written_out(*values, place_BL, 0.3)
     assert mixed.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.float(), expected, rtol=0, atol=2e-2 * expected.abs().max().item())
-    d_mixed = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
+    d_mixed = random_like(mixed)
     found = torch.autograd.grad(mixed, values, d_mixed.bfloat16())
     for gradient, wanted in zip(found, torch.autograd.grad(expected, values, d_mixed), strict=True):
         torch.testing.assert_close(gradient.float(), wanted.float(), rtol=0, atol=2e-2 * wanted.abs().max().item())
+
+
+@on_every_device
+@pytest.mark.parametrize("width", [40, 384])
+def test_queries_and_keys_may_be_views_and_senses_of_any_width(width: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(70, 2, 3, 2, 5, generator=generator).to(device).requires_grad_()
+    vectors = torch.randn(9, 3, width, generator=generator).to(device).requires_grad_()
+    place_BL = torch.randint(9, (70, 2), generator=generator).to(device).t()
+    mixed = mix_senses(pairs[..., 0, :], pairs[..., 1, :], vectors, place_BL, 0.5)
+    expected = written_out(pairs[..., 0, :], pairs[..., 1, :], vectors, place_BL, 0.5)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
+    d_mixed = random_like(mixed)
+    found = torch.autograd.grad(mixed, (pairs, vectors), d_mixed)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, (pairs, vectors), d_mixed), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_what_is_held_grows_with_the_length_not_its_square(monkeypatch: pytest.MonkeyPatch) -> None:

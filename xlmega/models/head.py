@@ -9,7 +9,8 @@ ranks need not cut their rows alike.
 
 With P the probabilities and w the weights, the gradient of the logits is w (P - onehot), so
     d hidden = w (P W - W[target])        d W = P^T (w hidden) - sum of (w hidden) at the target rows
-and neither the one-hot nor the weighting is ever written over [tokens, vocabulary].
+and neither the one-hot nor the weighting is ever written over [tokens, vocabulary]. On a GPU the passes over a block
+are the kernels of `models.kernels`, where triton is installed: one reads it, one overwrites it.
 
 Shape letters: N tokens, V rows of the vocabulary on this rank, v rows of one block, D hidden_size.
 """
@@ -23,9 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xlmega.models.fused import kernels_for
+
 LOG2_E = math.log2(math.e)
-# Logits of one block in their own precision: the least that takes 4,096 tokens with 16,384 pieces in one.
-CHUNK_BYTES = 128 * 2**20
+# Logits of one block in their own precision. On a CPU the least that takes 4,096 tokens with 16,384 pieces in one, on a
+# GPU with 262,144 pieces: logits of a single block are formed once, not twice.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}
 # On a CPU the probabilities of this many bytes of logits are formed at a time, so that they stay in the cache.
 CACHE_BYTES = 2**20
 
@@ -39,14 +43,15 @@ def weighted_loss(
     first_row: int = 0,
     group: dist.ProcessGroup | None = None,
     gradient_scale: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of weights_N * nll_N as an fp32 scalar, nll_N in nats as fp32 without gradient).
 
     weight_VD holds rows first_row.. of the vocabulary; the ranks of `group` hold it all. `gradient_scale` is the factor
     that the caller will multiply the loss by (loss scaling): gradients are formed at that scale, so that fp16 does not
-    lose them.
+    lose them. `chunk_bytes` of logits are formed at a time; 0: as suits the device.
     """
+    chunk_bytes = chunk_bytes or CHUNK_BYTES[hidden_ND.device.type]
     if not torch.is_grad_enabled():
         nll_N = _forward(hidden_ND, weight_VD, targets_N, None, first_row, group, chunk_bytes)[0]
         return (nll_N * weights_N).sum(), nll_N
@@ -80,8 +85,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
-        factor = float(gradients[0]) / ctx.gradient_scale
-        if factor != 1.0:  # the usual caller multiplies by exactly gradient_scale: no pass over the embedding then
+        factor = gradients[0] / ctx.gradient_scale
+        # The usual caller multiplies by exactly gradient_scale: no pass over the embedding then. But asking a GPU for
+        # the value would have the host wait for all that it was told to do; a product with one changes nothing.
+        if factor.device.type == "cuda" or float(factor) != 1.0:
             d_hidden_ND = d_hidden_ND * factor
             d_weight_VD = None if d_weight_VD is None else d_weight_VD * factor
         return d_hidden_ND, d_weight_VD, None, None, None, None, None, None
@@ -114,7 +121,7 @@ def _forward(
     row_N = targets_N - first_row
     with_gradients = weights_N is not None
     # With all logits at hand and nobody to ask, one pass suffices.
-    at_once = with_gradients and len(blocks) == 1 and not parallel
+    at_once = with_gradients and len(blocks) == 1 and not parallel and not kernels_for(hidden_ND)
     for rows in blocks:
         logits_Nv = logits_of(rows)
         inside_N = (row_N >= rows.start) & (row_N < rows.stop)
@@ -160,6 +167,9 @@ def _add_to_sum(logits_Nv: torch.Tensor, top_N: torch.Tensor, sum_N: torch.Tenso
 
     With `finish` there is nothing else to come, and the logits become the probabilities.
     """
+    if kernels := kernels_for(logits_Nv):
+        kernels.add_to_sum(logits_Nv, top_N, sum_N)
+        return
     for part, values_nv in _parts(logits_Nv):
         before_n = top_N[part].clone()
         top_n = torch.maximum(before_n, values_nv.amax(1), out=top_N[part])
@@ -172,6 +182,9 @@ def _add_to_sum(logits_Nv: torch.Tensor, top_N: torch.Tensor, sum_N: torch.Tenso
 
 
 def _to_probabilities(logits_Nv: torch.Tensor, log_sum_N: torch.Tensor) -> None:
+    if kernels := kernels_for(logits_Nv):
+        kernels.to_probabilities(logits_Nv, log_sum_N)
+        return
     for part, values_nv in _parts(logits_Nv):
         logits_Nv[part] = values_nv.sub_(log_sum_N[part, None]).mul_(LOG2_E).exp2_()
 

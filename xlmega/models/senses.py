@@ -9,7 +9,8 @@ Sense vectors depend on the token alone, so they come once for each distinct tok
 alpha exists for a block of queries only, and the backward pass forms it anew from each query's log sum. A block's
 alpha is kept as [key block, sense, key, query] and the window's senses as [key block, sense, key, D]: the keys that a
 block of queries sees are then one contiguous matrix for all senses, and the mix, its gradient by alpha and its
-gradient by the senses are one matrix product each, whose sum over senses is the product's own.
+gradient by the senses are one matrix product each, whose sum over senses is the product's own. On a GPU the same is
+done by the kernels of `models.kernels`, where triton is installed.
 
 Shape letters: L positions, B windows, K senses of this rank, H width of a sense's queries, D hidden_size, U distinct
 tokens; within a window m blocks of c keys seen by l queries.
@@ -24,10 +25,12 @@ from typing import Any
 import torch
 
 from xlmega.models.attention import LOG2_E, fp32_from_bf16
+from xlmega.models.fused import kernels_for
 
-# Scores in fp32 of one block of queries with all senses and all keys: what stays in the caches while it is passed over.
-SCORE_BYTES = 2**22
-LARGEST_BLOCK = 128
+# Scores in fp32 of one block of queries with all senses and all keys. On a CPU: what stays in the caches while it is
+# passed over; on a GPU, whose launches cost more than its passes: large pieces of work.
+SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+LARGEST_BLOCK = {"cpu": 128, "cuda": 512}
 SMALLEST_BLOCK = 32
 
 
@@ -35,7 +38,9 @@ def mix_senses(
     query_LBKH: torch.Tensor, key_LBKH: torch.Tensor, senses_UKD: torch.Tensor, place_BL: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """o [L, B, D]; `place_BL` says which row of `senses_UKD` stands at each position."""
-    return _SenseMix.apply(query_LBKH, key_LBKH, senses_UKD, place_BL, scale)  # type: ignore[no-any-return]
+    kernels = kernels_for(query_LBKH)
+    mix = kernels.SenseMix if kernels else _SenseMix
+    return mix.apply(query_LBKH, key_LBKH, senses_UKD, place_BL, scale)  # type: ignore[no-any-return]
 
 
 class _SenseMix(torch.autograd.Function):
@@ -116,8 +121,9 @@ class _Walk:
     def __init__(self, query_LBKH: torch.Tensor, senses_UKD: torch.Tensor, place_BL: torch.Tensor, scale: float):
         self.length, self.num_windows, self.num_senses = query_LBKH.shape[:3]
         self.width, self.scale = senses_UKD.shape[2], scale
-        most = SCORE_BYTES // (4 * self.num_senses * self.length)
-        block = max(SMALLEST_BLOCK, min(LARGEST_BLOCK, 1 << max(0, most.bit_length() - 1)))
+        kind = query_LBKH.device.type
+        most = SCORE_BYTES[kind] // (4 * self.num_senses * self.length)
+        block = max(SMALLEST_BLOCK, min(LARGEST_BLOCK[kind], 1 << max(0, most.bit_length() - 1)))
         self.step = min(block, self.length)
         """Queries, and keys, of one block."""
         self.num_blocks = -(-self.length // self.step)

@@ -79,12 +79,15 @@ def warnings(run: Run) -> Iterator[str]:
 def memory(run: Run) -> dict[str, float]:
     """Bytes of the rank that holds most, by part: arithmetic on shapes, not a measurement."""
     model, layout, runtime = run.recipe.model, run.layout, run.runtime
+    import torch
+
     from xlmega.models.decoder import shard_axis
     from xlmega.models.head import CHUNK_BYTES
 
     def held_by_rank(shapes: dict[str, tuple[int, ...]]) -> float:
         return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
 
+    chunk = CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
     layers = -(-model.num_layers // layout.pp)
     d, w, f = model.hidden_size, model.attention_width, model.ffn_hidden_size
     layer = held_by_rank(model.layer_shapes())
@@ -112,5 +115,5 @@ def memory(run: Run) -> dict[str, float]:
         "gradients": held * 4 / (layout.dp if runtime.zero_stage >= 2 else 1),
         "moments": held * 8 / shared,
         "activations": in_flight * tokens * width * layers * kept[run.recompute] + vectors,
-        "logits": min(CHUNK_BYTES, tokens * model.vocab_size / layout.tp * width) + words * 4,
+        "logits": min(chunk, tokens * model.vocab_size / layout.tp * width) + words * 4,
     }
