@@ -110,10 +110,11 @@ def main() -> None:
                 continue
             seconds = statistics.median(found["seconds"])
             flops = work.step_flops() / seconds
+            ends = ", ".join(f"{found['losses'][index]:.3f}" for index in (0, -1))
             mfu = f"{flops / peak:.1%}" if peak else "-"
             print(
                 f"| {model} | {name} | {micro} | {seconds:.3f} | {work.step_tokens / seconds:,.0f} "
-                f"| {flops / 1e12:.0f} | {mfu} | {found['peak'] / 1024:.1f} | {found['losses'][0]:.3f}, {found['losses'][-1]:.3f} |",
+                f"| {flops / 1e12:.0f} | {mfu} | {found['peak'] / 1024:.1f} | {ends} |",
                 flush=True,
             )
     asked.output.mkdir(parents=True, exist_ok=True)
