@@ -43,10 +43,11 @@ TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "mode
 def run(script: str, *words: Any) -> None:
     """One of our commands; what it says goes to the screen only if it fails."""
     line = [sys.executable, str(ROOT / script), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    told = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise SystemExit(f"{' '.join(line)}\n{told.stdout[-2000:]}{told.stderr[-3000:]}")
+    told = filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *told]), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
 
 
 def make_data(folder: Path, vocab_size: int, quick: bool) -> None:

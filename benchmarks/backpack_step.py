@@ -196,10 +196,10 @@ def measure_steps(sizes: dict[str, Any], tokens: Path, threads: int, rounds: int
 
     workers: list[Worker] = []
     results: dict[str, Any] = {}
-    # One is ready before the next starts: groups of one rank look for a free port each.
     for name in backpack_peers.names():
         workers.append(Worker(name, sizes, tokens, threads))
-        results[name] = {**workers[-1].ask("ready"), "seconds": [], "losses": []}
+    for worker in workers:
+        results[worker.name] = {**worker.ask("ready"), "seconds": [], "losses": []}
     matmul, rates = Worker("matmul", sizes, tokens, threads), []
     for turn in range(WARM_UP_STEPS + rounds):
         # Every other round backwards: no contender always follows the same neighbour.
@@ -221,8 +221,11 @@ def measure_steps(sizes: dict[str, Any], tokens: Path, threads: int, rounds: int
 def measure_lengths(sizes: dict[str, Any], tokens: Path, threads: int, lengths: tuple[int, ...]) -> dict[int, float]:
     """Megabytes above what lies there before, of one window forward and backward."""
     found = {}
-    for length in lengths:
-        worker = Worker("xlmega", {**sizes, "sequence_length": length, "batch_windows": 1}, tokens, threads)
+    workers = [
+        Worker("xlmega", {**sizes, "sequence_length": length, "batch_windows": 1}, tokens, threads)
+        for length in lengths
+    ]
+    for length, worker in zip(lengths, workers, strict=True):
         answer = worker.ask("once")
         found[length] = answer["peak"] - answer["before"]
         worker.close()

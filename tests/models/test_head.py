@@ -74,7 +74,7 @@ def test_on_a_gpu_a_vocabulary_wider_than_a_program_is_summed() -> None:
     _close(nll_N, expected_N.detach())
     wanted = torch.autograd.grad(expected_N.sum(), (hidden_ND, weight_VD))
     for gradient, other in zip(torch.autograd.grad(loss, (hidden_ND, weight_VD)), wanted, strict=True):
-        _close(gradient, other)
+        _close(gradient, other, 5e-6)  # a sum of 5,003 products in fp32
 
 
 @pytest.mark.parametrize("rows_in_block", [1, 5, 19, NUM_ROWS - 1, NUM_ROWS, 1000])

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+# mypy: allow-untyped-defs  # what triton compiles has types of its own
+
 LOG2_E = math.log2(math.e)
 
 
