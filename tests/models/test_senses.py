@@ -33,9 +33,9 @@ def written_out(
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Values to 1e-5; on a GPU, where sums are taken in another order, to 1e-6 of the largest."""
+    """Values to 1e-5; on a GPU, where sums are taken in another order, to 5e-6 of the largest."""
     if found.device.type == "cuda":
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * expected.abs().max().item())
     else:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

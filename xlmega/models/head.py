@@ -28,8 +28,8 @@ from xlmega.models.fused import kernels_for
 
 LOG2_E = math.log2(math.e)
 # Logits of one block in their own precision. On a CPU the least that takes 4,096 tokens with 16,384 pieces in one, on a
-# GPU with 262,144 pieces: logits of a single block are formed once, not twice.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**31}
+# GPU 8,192 with 262,144 pieces: logits of a single block are formed once, not twice.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**32}
 # On a CPU the probabilities of this many bytes of logits are formed at a time, so that they stay in the cache.
 CACHE_BYTES = 2**20
 

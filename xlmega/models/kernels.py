@@ -22,7 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-# mypy: allow-untyped-defs  # what triton compiles has types of its own
+# What triton compiles has types of its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 LOG2_E = math.log2(math.e)
 
