@@ -34,8 +34,8 @@ MODELS = {"backpack": "nano_backpack_mini_8", "twin": "nano_gpt_mini"}
 PAIRS = (
     *(("file", "fichier"), ("function", "fonction"), ("value", "valeur"), ("name", "nom"), ("list", "liste")),
     *(("number", "nombre"), ("object", "objet"), ("class", "classe"), ("method", "méthode"), ("error", "erreur")),
-    *(("module", "module"), ("string", "chaîne"), ("example", "exemple"), ("new", "nouveau"), ("first", "premier")),
-    *(("time", "temps"), ("type", "type"), ("key", "clé"), ("argument", "argument"), ("code", "code")),
+    *(("word", "mot"), ("string", "chaîne"), ("example", "exemple"), ("new", "nouveau"), ("first", "premier")),
+    *(("time", "temps"), ("line", "ligne"), ("key", "clé"), ("server", "serveur"), ("order", "ordre")),
 )
 TINY = ("model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.ffn_hidden_size=64")
 
