@@ -7,6 +7,7 @@ plain loop of `peers` around them, no dropout, tied embeddings, the same windows
   L, L] at once, cross-entropy in fp32 on all logits.
 - `straight_senses`: xlmega's decoder (attention, loss by blocks) with only the senses written straight down: what the
   senses alone cost.
+- `selective`: xlmega's with the MLPs recomputed in the backward pass (--recompute selective).
 - `blockwise`, on a GPU: xlmega's with the mix of senses as a CPU does it, in place of the kernels.
 
 Shape letters: B windows, L positions, D hidden_size, K senses, H width of a sense's queries, V vocabulary.
@@ -154,14 +155,16 @@ def model_of(sizes: Sizes, family: str) -> Any:
     )
 
 
-def _decoder(sizes: Sizes, family: str, straight: bool = False) -> tuple[torch.nn.Module, peers.LossOf]:
+def _decoder(
+    sizes: Sizes, family: str, *, straight: bool = False, recompute: str = "none"
+) -> tuple[torch.nn.Module, peers.LossOf]:
     from xlmega.models import specs
     from xlmega.models.decoder import MicroBatch, build_stages
     from xlmega.parallel.layout import Layout
 
     model = model_of(sizes, family)
     config = specs.transformer_config(model, Layout(), dtype=torch.bfloat16, on_cpu=peers.DEVICE.type == "cpu")
-    (stage,) = build_stages(model, config)
+    (stage,) = build_stages(model, config, recompute=recompute)
     if straight:
         stage.senses = _InPlace(StraightSenses(sizes).bfloat16())
     peers.draw(stage)
@@ -197,9 +200,12 @@ def contender(name: str, sizes: Sizes) -> Iterator[tuple[torch.nn.Module, peers.
             from xlmega.models import senses
 
             senses.kernels_for = lambda tensor: None
-        yield _decoder(sizes, "gpt" if name == "twin" else "backpack", straight=name == "straight_senses")
+        recompute = "selective" if name == "selective" else "none"
+        family = "gpt" if name == "twin" else "backpack"
+        yield _decoder(sizes, family, straight=name == "straight_senses", recompute=recompute)
 
 
 def names() -> tuple[str, ...]:
     """The contenders on this machine."""
-    return ("xlmega", "twin", "straight", "straight_senses", *(["blockwise"] if peers.DEVICE.type == "cuda" else []))
+    on_gpu = ["blockwise"] if peers.DEVICE.type == "cuda" else []
+    return ("xlmega", "selective", "twin", "straight", "straight_senses", *on_gpu)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import trained
 import worlds
+from reshaping import compare, named
 
 pytestmark = pytest.mark.multiprocess
 
@@ -72,3 +73,22 @@ def test_layout_does_not_change_the_run(world: tuple[Path, list[dict[str, Any]]]
 def test_clipping_was_active_and_training_moved(world: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
     losses, norms = np.array(world[1][0][f"{variant}_single"]).T
     assert (norms > 0.1).all() and len(set(losses)) == 5, (norms, losses)
+
+
+def test_any_layout_loads_what_any_layout_saved(tmp_path: Path) -> None:
+    """Bit for bit, and the run goes on as the one that saved would have."""
+    sources: list[dict[str, Any]] = [{"tp": 2, "pp": 2, "virtual": 3}, {"dp": 2, "zero": 3}]
+    targets: list[dict[str, Any]] = [{"tp": 4}, {"pp": 3}]
+
+    def of_variant(variant: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**case, **MODELS[variant], "name": f"{variant}_{case['name']}"} for case in named(cases)]
+
+    saved = {variant: of_variant(variant, sources) for variant in MODELS}
+    loading = [
+        {**target, "loads": [source["name"] for source in saved[variant]]}
+        for variant in MODELS
+        for target in of_variant(variant, targets)
+    ]
+    pairs, problems, _ = compare(tmp_path, [*saved["original"], *saved["nano"]], loading)
+    assert not problems, "\n".join(problems)
+    assert pairs == 8

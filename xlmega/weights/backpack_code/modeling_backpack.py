@@ -62,7 +62,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, inner, config.linear_bias)
         self.c_proj = Linear(inner, outputs, config.linear_bias)
-        self.act = ACT2FN[config.activation_function]
+        # transformers' own "gelu_new" is the same function in eight passes.
+        of_tanh = config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+        self.act = nn.GELU(approximate="tanh") if of_tanh else ACT2FN[config.activation_function]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.c_proj(self.act(self.c_fc(x)))
