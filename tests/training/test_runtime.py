@@ -125,10 +125,14 @@ def test_pairs_that_work() -> None:
 
 def test_what_deepspeed_is_given() -> None:
     given = {**MICRO, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    settings = runtime(given).for_deepspeed(gradient_clipping=0.5, micro_batches=8)
+    settings = runtime(given).for_deepspeed(gradient_clipping=0.5, micro_batches=8, num_parameters=5000)
     assert settings["gradient_accumulation_steps"] == 8 and settings["gradient_clipping"] == 0.5
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    # A bucket is allocated whole: none is larger than the model.
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 5000}
+    asked = runtime({**MICRO, "zero_optimization": {"stage": 2, "reduce_bucket_size": 7}})
+    settings = asked.for_deepspeed(gradient_clipping=0.5, micro_batches=8, num_parameters=5000)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
     assert "data_types" not in given and given["zero_optimization"] == {"stage": 2}  # what was given is left alone
     scheduled = runtime({**MICRO, "zero_optimization": {"stage": 1}})
     assert scheduled.for_deepspeed(gradient_clipping=1.0, micro_batches=8)["gradient_accumulation_steps"] == 1

@@ -122,9 +122,11 @@ class Engine:
         dtype = DTYPES[runtime.precision]
         config = specs.transformer_config(model, layout, dtype=dtype, on_cpu=device.type == "cpu")
         deepspeed = _deepspeed(device, runtime.precision)
-        settings = runtime.for_deepspeed(gradient_clipping=optimizer.gradient_clipping, micro_batches=micro_batches)
-        # DeepSpeed allocates a bucket whole: half a billion values (2 GB in fp32) for however small a model.
-        settings["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, model.num_parameters()))
+        settings = runtime.for_deepspeed(
+            gradient_clipping=optimizer.gradient_clipping,
+            micro_batches=micro_batches,
+            num_parameters=model.num_parameters(),
+        )
         building: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if runtime.zero_stage == 3:
             # It cuts each parameter as soon as it is made: the whole model never lies on one rank. (Its dtype= means

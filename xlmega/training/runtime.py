@@ -16,6 +16,8 @@ from typing import Any
 from xlmega.errors import ConfigError, nearest
 from xlmega.parallel.layout import Layout
 
+# DeepSpeed's own default, in values. It allocates a bucket whole (2 GB in fp32) for however small a model.
+LARGEST_BUCKET = 500_000_000
 _RECIPE_KEYS = {
     "optimizer": "the [optimizer] table",
     "scheduler": "the [optimizer] table",
@@ -80,7 +82,9 @@ class Runtime:
         """'ZeRO-1, bf16'."""
         return f"ZeRO-{self.zero_stage}, {self.precision}"
 
-    def for_deepspeed(self, *, gradient_clipping: float, micro_batches: int) -> dict[str, Any]:
+    def for_deepspeed(
+        self, *, gradient_clipping: float, micro_batches: int, num_parameters: int = LARGEST_BUCKET
+    ) -> dict[str, Any]:
         """The dictionary for `deepspeed.initialize`; `micro_batches` is this rank's number of them in a step."""
         settings: dict[str, Any] = json.loads(json.dumps(self.settings))
         settings["train_micro_batch_size_per_gpu"] = self.micro_batch_windows
@@ -99,6 +103,7 @@ class Runtime:
         zero["stage"] = self.zero_stage
         if self.zero_stage:
             zero.setdefault("overlap_comm", False)
+            zero.setdefault("reduce_bucket_size", min(LARGEST_BUCKET, num_parameters))
         return settings
 
 
