@@ -7,7 +7,7 @@ precision (of fp32 in full fp32) and summed in fp32.
 The mix sums over senses, so one sum per query holds all of them once each query's log sum of exponentials is known:
 a first kernel finds those, a second the mix. Going back, delta_ki = sum_j alpha_kij (dO_i . C_jk) belongs to each
 sense and query, so a kernel finds it before the gradients of the scores can be formed; a last one sums alpha^T dO into
-the rows of the distinct tokens. The only file that may import triton.
+the rows of the distinct tokens. The only file that may import triton. Measured and tested on an H100 alone.
 
 Shape letters: L positions, B windows, K senses of this rank, H width of a sense's queries, D hidden_size, U distinct
 tokens, N tokens, V rows of the vocabulary; a program has M queries and S keys, and C of the D columns at a time.
