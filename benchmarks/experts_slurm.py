@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,11 +61,11 @@ def main() -> None:
         until(lambda: min(steps(output, k) for k in range(2)) >= 30, lambda: "not both experts are on their way")
         nodes = sorted(set(re.findall(r" NodeList=(n\d)", states(cluster, job))))
         print(f"both experts train, on {' and '.join(nodes)}; node n2 dies", flush=True)
-        of_node(cluster, "crash-node")
+        cluster.call("crash-node", "n2")
         until(lambda: "Restarts=1" in states(cluster, job), lambda: states(cluster, job))
         noticed = time.monotonic()
         assert not (output / "after").exists(), "the last job did not wait"
-        of_node(cluster, "start-node")
+        cluster.call("start-node", "n2")
         cluster.await_state(after, "COMPLETED", "FAILED")
         assert (output / "after").exists()
         print(
@@ -81,11 +80,6 @@ def main() -> None:
 def steps(output: Path, number: int) -> int:
     metrics = output / f"round-1/expert-{number}/metrics.jsonl"
     return metrics.read_text().count('"loss"') if metrics.is_file() else 0
-
-
-def of_node(cluster: Cluster, verb: str) -> None:
-    """Verbs about a node take its name first."""
-    subprocess.run(["bash", str(slurm_cluster.SCRIPT), verb, "n2", "-d", str(cluster.state)], check=True, timeout=60)
 
 
 def states(cluster: Cluster, number: int) -> str:

@@ -1,10 +1,10 @@
 """One process at a time for an output: a folder or file that is being made, or a run directory.
 
 In: the path, which need not exist. While the context lasts, a lock file is held with flock; a second holder, of this or
-another process, is refused at once with a message that names the first. The lock is the kernel's: a killed process
-leaves none behind, and forked children do not inherit it. On a file system without locks nothing is held and nothing
-is refused. Beside an output the file `OUTPUT.lock` goes with the writer; in a run directory the file `lock` stays and
-tells who had it last.
+another process, is refused at once with a message that names the first, or waits where that is asked for. The lock is
+the kernel's: a killed process leaves none behind, and forked children do not inherit it. On a file system without locks
+nothing is held and nothing is refused. Beside an output the file `OUTPUT.lock` goes with the writer; in a run directory
+the file `lock` stays and tells who had it last.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from pathlib import Path
 from xlmega.errors import CheckpointError, DataError
 
 LOCK_NAME = "lock"
+WAITING_SECONDS = 0.05
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the lock of an `output` that is being made, or raise a DataError that says which process holds it."""
+def locked(output: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of an `output` that is being made; while another holds it `wait`, or raise a DataError that says
+    which process that is."""
     path = output.with_name(output.name + ".lock")
     try:
-        lock = _Lock(path, passing=True)
+        lock = _Lock(path, passing=True, wait=wait)
     except BlockingIOError:
         pid, host, since = _holder(path)
         by = f" (pid {pid}) on {host}, since {since}" if pid else ""
@@ -67,8 +69,8 @@ _held: set[_Lock] = set()
 class _Lock:
     """The held lock file at `path`; BlockingIOError where another holds it, OSError where none can be made."""
 
-    def __init__(self, path: Path, *, passing: bool) -> None:
-        self._path, self._passing = path, passing
+    def __init__(self, path: Path, *, passing: bool, wait: bool = False) -> None:
+        self._path, self._passing, self._wait = path, passing, wait
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -89,7 +91,10 @@ class _Lock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise
+            if not self._wait:
+                raise
+            time.sleep(WAITING_SECONDS)
+            return False
         except OSError:
             return True  # a file system without locks
         try:

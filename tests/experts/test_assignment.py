@@ -25,6 +25,7 @@ from xlmega.experts.clusterer import (
 )
 from xlmega.experts.clustering import KMeansSettings
 from xlmega.experts.features import FeatureSettings
+from xlmega.experts.slurm import share_of
 from xlmega.text.corpus import Document, corpus_files, read_corpus, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +102,41 @@ def test_workers_and_interruptions_change_nothing(made_corpus: Path, clusterer: 
     assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'killed'}: 4 clusters, train, valid"
     again = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert "train: finished before, kept" in again.stdout and contents(whole) == contents(tmp_path / "killed")
+
+
+def test_shares_are_worked_on_by_several_commands_and_one_of_them_finishes(
+    made_corpus: Path, clusterer: Path, tmp_path: Path
+) -> None:
+    assign_clusters(made_corpus / "train", clusterer, tmp_path / "whole", balanced=True)
+    lines: list[str] = []
+    common = {"balanced": True, "say": lines.append}
+    first = assign_clusters(made_corpus / "train", clusterer, tmp_path / "shared", share=0, shares=2, **common)
+    assert first["splits"] == {} and any("left to the other shares" in line for line in lines)
+    second = assign_clusters(made_corpus / "train", clusterer, tmp_path / "shared", share=1, shares=2, **common)
+    assert set(second["splits"]) == {"train", "valid"}
+    assert contents(tmp_path / "whole") == contents(tmp_path / "shared")
+    line = [sys.executable, str(ROOT / "tools/assign_clusters.py"), str(made_corpus / "train"), "--balanced"]
+    line += ["--clusterer", str(clusterer), "--output", str(tmp_path / "at_once"), "--workers", "1", "--share"]
+    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    both = [subprocess.Popen([*line, f"{k}/2"], **quiet) for k in range(2)]  # type: ignore[call-overload]
+    assert [one.wait(timeout=120) for one in both] == [0, 0]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "at_once")
+    with pytest.raises(ConfigError, match="share 2 of 2"):
+        assign_clusters(made_corpus / "train", clusterer, tmp_path / "x", share=2, shares=2)
+    with pytest.raises(ConfigError, match="each would replace"):
+        assign_clusters(made_corpus / "train", clusterer, tmp_path / "whole", share=1, shares=2, overwrite=True)
+
+
+def test_a_share_is_what_slurm_says() -> None:
+    assert share_of({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}) == (1, 4)
+    array = {"SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_MAX": "6", "SLURM_ARRAY_TASK_STEP": "2"}
+    third = {**array, "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_ID": "6", "SLURM_PROCID": "0"}
+    assert share_of(third) == (2, 3)
+    assert share_of({**third, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}) == (5, 6)
+    with pytest.raises(ConfigError, match="an array without gaps"):
+        share_of({**third, "SLURM_ARRAY_TASK_COUNT": "2"})
+    with pytest.raises(ConfigError, match="for commands that srun starts"):
+        share_of({})
 
 
 def test_a_worker_leaves_with_its_parent(made_corpus: Path, clusterer: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ makes the sizes of each split differ by at most one at nearly the least total co
 prices come from a sample, and the documents nearest to a border, at most CANDIDATES of them, are divided exactly.
 
 Files are worked on in parallel, each on one thread, and appear whole; `SPLIT.part` becomes `SPLIT` when all are there.
-After an interruption the same command does what is missing. The output does not depend on workers or interruptions.
-Memory is a block of documents a worker and the candidates, whatever the split's size.
+Several commands can share a split's files out, on any machines that see one directory: each takes `share` of `shares`,
+and the one that finds all of them done finishes the split. After an interruption the same command does what is missing.
+The output does not depend on workers, shares or interruptions. Memory is a block of documents a worker and the
+candidates, whatever the split's size.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ import numpy as np
 import numpy.typing as npt
 
 from xlmega.errors import ConfigError, DataError
-from xlmega.experts.balancing import balanced_assignment, prices_for, sizes
 from xlmega.experts.clusterer import (
     PROGRESS_SECONDS,
     Clusterer,
@@ -41,8 +42,10 @@ from xlmega.experts.clusterer import (
     key_of,
     load_clusterer,
 )
+from xlmega.experts.evening import balanced_labels
 from xlmega.experts.features import read_arrays, read_json, write_arrays, write_json
 from xlmega.text.corpus import SUFFIXES, Document, corpus_files, read_documents, sibling_splits, write_records
+from xlmega.locking import locked
 
 FORMAT_VERSION = 1
 NAME = "clusters.json"
@@ -59,14 +62,22 @@ def assign_clusters(
     *,
     balanced: bool = False,
     workers: int = 1,
+    share: int = 0,
+    shares: int = 1,
     only: bool = False,
     overwrite: bool = False,
     candidates: int = CANDIDATES,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Assign a split and, when it is called 'train', those beside it unless `only`; returns what clusters.json says."""
+    """Assign a split and, when it is called 'train', those beside it unless `only`; returns what clusters.json says.
+
+    With several shares a split that other shares still work on is not in it yet."""
     if workers < 1:
         raise ConfigError(f"at least 1 process assigns, but {workers} were asked for.")
+    if not 0 <= share < shares:
+        raise ConfigError(f"share {share} of {shares}: shares are numbered from 0 to {shares - 1}.")
+    if overwrite and shares > 1:
+        raise ConfigError("with several shares each would replace what the others wrote. Remove the output instead.")
     clusterer = load_clusterer(clusterer_folder)
     if balanced and isinstance(clusterer, LanguageClusterer):
         raise ConfigError("a language's documents all go to its cluster, so balancing cannot be. Leave it out.")
@@ -78,34 +89,41 @@ def assign_clusters(
         "assignment": "balanced" if balanced else "greedy",
         "clusterer": clusterer_hash(clusterer_folder),
     }
-    table = _begun(output, pinned, overwrite)
+    with locked(output, wait=True):
+        _begun(output, pinned, overwrite)
     for one in splits:
         files = corpus_files(one)
         _check_names(files)
-        listed = [[f"{file.parent.name}/{file.name}", file.stat().st_size] for file in files]
-        if one.name in table["splits"] and (output / one.name).is_dir():
-            if table["splits"][one.name]["files"] != listed:
-                raise DataError(
-                    f"'{output / one.name}' was assigned from other files than '{one}' has now. Choose another "
-                    "--output, or add --overwrite."
-                )
-            say(f"{one.name}: finished before, kept")
-            continue
+        sizes = [file.stat().st_size for file in files]
+        listed = [[f"{file.parent.name}/{file.name}", size] for file, size in zip(files, sizes, strict=True)]
         part = output / f"{one.name}.part"
-        if part.is_dir() and not (part / "of.json").is_file():
-            shutil.rmtree(part)  # its first moment was its last
-        if part.is_dir() and read_json(part / "of.json", FORMAT_VERSION) != {**pinned, "files": listed}:
-            shutil.rmtree(part)  # begun from other files
-        part.mkdir(parents=True, exist_ok=True)
-        write_json(part / "of.json", {**pinned, "files": listed})
-        found = _assign_split(files, clusterer_folder, clusterer, part, balanced, workers, candidates, say)
-        table["splits"][one.name] = {**found, "files": listed}
-        shutil.rmtree(part / "costs", ignore_errors=True)
-        (part / "of.json").unlink()
-        write_json(output / NAME, table)  # before the name: a split without its folder is done again
-        shutil.rmtree(output / one.name, ignore_errors=True)
-        part.replace(output / one.name)
-    return table
+        with locked(output, wait=True):
+            if _is_finished(output, one, listed):
+                say(f"{one.name}: finished before, kept")
+                continue
+            _take_up(part, {**pinned, "files": listed})
+        stores = [part / "costs" / file.parent.name / f"{file.name}.npz" for file in files]
+        by_size = np.argsort(-np.array(sizes), kind="stable")
+        jobs = [(clusterer_folder, files[k], stores[k], balanced) for k in sorted(by_size[share::shares])]
+        missing = [job for job in jobs if not job[2].is_file()]
+        if len(missing) < len(jobs):
+            say(f"{one.name}: {len(jobs) - len(missing)} of {len(jobs)} files were done before")
+        _in_parallel(missing, workers, one.name, say)
+        with locked(output, wait=True):
+            if _is_finished(output, one, listed):
+                continue  # by another share, this moment
+            if absent := sum(not store.is_file() for store in stores):
+                say(f"{one.name}: {absent} of {len(files)} files are left to the other shares")
+                continue
+            found = _label(files, stores, clusterer.num_clusters, part, balanced, candidates, say)
+            table = read_json(output / NAME, FORMAT_VERSION)
+            table["splits"][one.name] = {**found, "files": listed}
+            shutil.rmtree(part / "costs", ignore_errors=True)
+            (part / "of.json").unlink()
+            write_json(output / NAME, table)  # before the name: a split without its folder is done again
+            shutil.rmtree(output / one.name, ignore_errors=True)
+            part.replace(output / one.name)
+    return read_json(output / NAME, FORMAT_VERSION)
 
 
 def clusters_by_language(output: Path, split: str) -> dict[str, npt.NDArray[np.int64]]:
@@ -144,15 +162,14 @@ def read_clusters(output: Path, split: str, file: str) -> tuple[npt.NDArray[np.i
     return np.array(found, np.int64), languages
 
 
-def _begun(output: Path, pinned: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """clusters.json as it stands; refuses one of another clusterer, and an output that is something else."""
+def _begun(output: Path, pinned: dict[str, Any], overwrite: bool) -> None:
+    """Write clusters.json where there is none; refuses one of another clusterer, and an output of another kind."""
     if output.is_file():
         raise DataError(f"--output '{output}' is a file; clusters are a folder.")
     if not output.is_dir() or not any(output.iterdir()):
         output.mkdir(parents=True, exist_ok=True)
-        table: dict[str, Any] = {**pinned, "splits": {}}
-        write_json(output / NAME, table)
-        return table
+        write_json(output / NAME, {**pinned, "splits": {}})
+        return
     if not (output / NAME).is_file():
         raise DataError(f"'{output}' is not empty and holds no {NAME}. Choose another --output.")
     table = read_json(output / NAME, FORMAT_VERSION)
@@ -167,7 +184,30 @@ def _begun(output: Path, pinned: dict[str, Any], overwrite: bool) -> dict[str, A
             f"'{output}' was made with another {' and '.join(changed)} ({table.get(changed[0])}, not "
             f"{pinned[changed[0]]}). Choose another --output, or add --overwrite."
         )
-    return table
+
+
+def _is_finished(output: Path, split: Path, listed: list[list[Any]]) -> bool:
+    """The split is assigned; a DataError when it was from other files."""
+    splits = read_json(output / NAME, FORMAT_VERSION)["splits"]
+    if split.name not in splits or not (output / split.name).is_dir():
+        return False
+    if splits[split.name]["files"] != listed:
+        raise DataError(
+            f"'{output / split.name}' was assigned from other files than '{split}' has now. Choose another "
+            "--output, or add --overwrite."
+        )
+    return True
+
+
+def _take_up(part: Path, of: dict[str, Any]) -> None:
+    """Keep what another command or moment began from the same files, and nothing else."""
+    if part.is_dir() and not (part / "of.json").is_file():
+        shutil.rmtree(part)  # its first moment was its last
+    if part.is_dir() and read_json(part / "of.json", FORMAT_VERSION) != of:
+        shutil.rmtree(part)  # begun from other files
+    if not part.is_dir():
+        part.mkdir(parents=True)
+        write_json(part / "of.json", of)
 
 
 def _mirrored(file: str) -> str:
@@ -188,25 +228,20 @@ def _check_names(files: Sequence[Path]) -> None:
 # -------------------------------------------------------------------- a split
 
 
-def _assign_split(
+def _label(
     files: Sequence[Path],
-    clusterer_folder: Path,
-    clusterer: Clusterer,
+    stores: Sequence[Path],
+    num_clusters: int,
     part: Path,
     balanced: bool,
-    workers: int,
     candidates: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    stores = [part / "costs" / file.parent.name / f"{file.name}.npz" for file in files]
-    missing = [k for k, store in enumerate(stores) if not store.is_file()]
+    """Write a split's clusters from what is known of all its files."""
     name = part.stem
-    if len(missing) < len(files):
-        say(f"{name}: {len(files) - len(missing)} of {len(files)} files were done before")
-    _in_parallel([(clusterer_folder, files[k], stores[k], balanced) for k in missing], workers, name, say)
     if balanced:
         say(f"{name}: dividing evenly")
-        labels = _balanced_labels(stores, clusterer.num_clusters, candidates)
+        labels = balanced_labels(stores, num_clusters, candidates)
     else:
         labels = (read_arrays(store, ("labels",))["labels"] for store in stores)
     by_language: dict[str, Counter[int]] = {}
@@ -222,7 +257,7 @@ def _assign_split(
                 for line, (k, language) in enumerate(zip(found, rows, strict=True))
             ),
         )
-    num = range(clusterer.num_clusters)
+    num = range(num_clusters)
     table = {code: [counts[k] for k in num] for code, counts in sorted(by_language.items())}
     total = [sum(row[k] for row in table.values()) for k in num]
     say(f"{name}: {sum(total):,} documents, sizes {' '.join(map(str, total))}")
@@ -314,73 +349,3 @@ def _batches(file: Path) -> Iterator[tuple[int, list[Document]]]:
             first, batch = first + len(batch), []
     if batch:
         yield first, batch
-
-
-# -------------------------------------------------------------------- balance over files
-
-
-def _balanced_labels(stores: Sequence[Path], num_clusters: int, candidates: int) -> Iterator[npt.NDArray[np.int64]]:
-    """The labels of each file's documents; sizes over all files differ by at most one."""
-    lengths = [len(read_arrays(store, ("labels",))["labels"]) for store in stores]
-    total = sum(lengths)
-    if total <= candidates:
-        everything = np.concatenate([_costs(store) for store in stores])
-        labels, _ = balanced_assignment(everything)
-        yield from np.split(labels, np.cumsum(lengths)[:-1])
-        return
-    stride = -(-total // candidates)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    sample = np.concatenate(
-        [_costs(store)[-int(start) % stride :: stride] for store, start in zip(stores, starts, strict=False)]
-    )
-    capacities = sizes(total, num_clusters)
-    prices = prices_for(sample, capacities / total)
-    del sample
-    while True:
-        places, left = _candidates(stores, starts, prices, capacities, candidates)
-        if (left >= 0).all():
-            break
-        candidates *= 2  # the sample was no guide to the rest: more documents must be able to move
-    rows = np.concatenate(
-        [
-            _costs(store)[places[(places >= a) & (places < b)] - a]
-            for store, a, b in zip(stores, starts, starts[1:], strict=False)
-        ]
-    )
-    moved, _ = balanced_assignment(rows, prices, capacities=left)
-    for store, a, b in zip(stores, starts, starts[1:], strict=False):
-        labels = np.argmin(_costs(store) + prices, axis=1)
-        here = (places >= a) & (places < b)
-        labels[places[here] - a] = moved[here]
-        yield labels
-
-
-def _candidates(
-    stores: Sequence[Path],
-    starts: npt.NDArray[np.int64],
-    prices: npt.NDArray[np.float64],
-    capacities: npt.NDArray[np.int64],
-    limit: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(places of the `limit` documents nearest to a border, room that the others leave in each cluster)."""
-    places, margins, nearest = (np.empty(0, kind) for kind in (np.int64, np.float64, np.int64))
-    counts = np.zeros(len(capacities), np.int64)
-    for store, start in zip(stores, starts, strict=False):
-        priced = _costs(store) + prices
-        best = np.argmin(priced, axis=1)
-        two = np.partition(priced, 1, axis=1)
-        counts += np.bincount(best, minlength=len(capacities))
-        places = np.concatenate([places, start + np.arange(len(best))])
-        margins = np.concatenate([margins, two[:, 1] - two[:, 0]])
-        nearest = np.concatenate([nearest, best])
-        if len(places) > limit:
-            kept = np.sort(np.argpartition(margins, limit - 1)[:limit])
-            places, margins, nearest = places[kept], margins[kept], nearest[kept]
-    fixed = counts - np.bincount(nearest, minlength=len(capacities))
-    left: npt.NDArray[np.int64] = capacities - fixed
-    return places.astype(np.int64), left
-
-
-def _costs(store: Path) -> npt.NDArray[np.float32]:
-    found: npt.NDArray[np.float32] = read_arrays(store, ("costs",))["costs"]
-    return found

@@ -33,6 +33,7 @@ from xlmega.errors import CheckpointError, ConfigError
 from xlmega.experts.features import write_json
 from xlmega.experts.parts import divide_tokens
 from xlmega.experts.plan import DENSE, Expert, Resolved
+from xlmega.locking import locked
 from xlmega.training.checkpoint import list_checkpoints
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain.py"
@@ -89,7 +90,7 @@ class Experts:
         resolved = self.resolved
         root, data = Path(resolved.plan.data), self.output / "data"
         data.mkdir(exist_ok=True)
-        with _locked(data / "lock"):
+        with locked(data, wait=True):
             for number, one in enumerate(resolved.plan.rounds, start=1):
                 if not any(expert.round == f"round-{number}" for expert in chosen):
                     continue
@@ -381,20 +382,6 @@ def _lock(file: IO[bytes]) -> bool:
     except OSError:
         return False
     return True
-
-
-class _locked:
-    """Wait for a file's lock and hold it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        self._file = self._path.open("ab")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 _libc = ctypes.CDLL(None)

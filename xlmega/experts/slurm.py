@@ -1,13 +1,14 @@
 """Experts as Slurm jobs: an array for each round, after the round before has ended, and a last job after all.
 
 A task is `slurm/train_experts.sbatch`, which runs tools/train_experts.py for one expert: what is done, waits or failed
-is read from the output directory as everywhere, so a task that Slurm requeues goes on where it stood.
+is read from the output directory as everywhere, so a task that Slurm requeues goes on where it stood. Assignment is
+shared out among the tasks of a job step, of an array, or of both.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xlmega.errors import ConfigError
@@ -40,6 +41,22 @@ def submit(
             line.append(f"--dependency=afterany:{':'.join(jobs.values())}")
         jobs["then"] = _sbatch([*line, f"--wrap={then}"])
     return jobs
+
+
+def share_of(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(share, shares) of a task that srun started, in an array or not; a ConfigError outside of Slurm."""
+
+    def number(name: str, default: int) -> int:
+        return int(environment.get(f"SLURM_{name}", default))
+
+    if "SLURM_PROCID" not in environment:
+        raise ConfigError("--share slurm is for commands that srun starts. Elsewhere say which, as in --share 0/4.")
+    first, last = number("ARRAY_TASK_MIN", 0), number("ARRAY_TASK_MAX", 0)
+    step, count = number("ARRAY_TASK_STEP", 1) or 1, number("ARRAY_TASK_COUNT", 1)
+    if (last - first) // step + 1 != count:
+        raise ConfigError(f"--share slurm needs an array without gaps, such as --array=0-{count - 1}.")
+    tasks = number("NTASKS", 1)
+    return (number("ARRAY_TASK_ID", 0) - first) // step * tasks + number("PROCID", 0), count * tasks
 
 
 def _named(experts: Experts, name: str) -> list[str]:
