@@ -9,54 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from xlmega.errors import ConfigError, DataError
-from xlmega.experts.clusterer import LanguageClusterer, RandomClusterer, save_clusterer, train_clusterer
-from xlmega.experts.clustering import KMeansSettings
-from xlmega.experts.features import FeatureSettings
-from xlmega.models.config import ModelConfig, model_config
-from xlmega.text.vocabulary import load_vocabulary
-from xlmega.weights.directory import write_logical
-from xlmega.weights.initial import InitialWeights
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Drawn:
-    """A model with weights drawn from a seed."""
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self.config = config
-        self._shapes = logical_shapes(config)
-        self._weights = InitialWeights(config, seed, self._shapes)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._weights.read_slice(name, tuple(slice(None) for _ in self._shapes[name]))
-
-
-@pytest.fixture(scope="module")
-def models(made_corpus: Path, made_vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """m0 and m1, and clusterers text2 and languages2."""
-    folder = tmp_path_factory.mktemp("models")
-    small = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2, "max_positions": 48}
-    config = model_config(preset="xglm_tiny", vocab_size=load_vocabulary(made_vocabulary).size, init_std=0.3, **small)
-    for seed in range(2):
-        write_logical(Drawn(config, seed), folder / f"m{seed}", vocabulary_folder=made_vocabulary)
-    text = train_clusterer(made_corpus / "train", KMeansSettings(2), FeatureSettings(num_components=4))
-    save_clusterer(text, folder / "text2")
-    languages = LanguageClusterer({"qla": 0, "qlb": 0, "qcy": 1, "qgr": 1, "qhn": 1})
-    save_clusterer(languages, folder / "languages2")
-    save_clusterer(RandomClusterer(2), folder / "random2")
-    return folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:

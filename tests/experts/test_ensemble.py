@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import Drawn
 
 from xlmega.errors import ConfigError, DataError
 from xlmega.evaluation.scoring import LogicalScorer, Scorer
@@ -21,8 +22,6 @@ from xlmega.experts.weighing import Weighing, WeighingSettings
 from xlmega.models.config import ModelConfig, model_config
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.weights.directory import write_logical
-from xlmega.weights.initial import InitialWeights
-from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
 IDS = torch.randint(3, 800, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -30,25 +29,7 @@ IDS = torch.randint(3, 800, (3, 12), generator=torch.Generator().manual_seed(0))
 
 def config_of(vocab_size: int = 800) -> ModelConfig:
     small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_heads": 2, "max_positions": 64}
-    return model_config(preset="xglm_tiny", vocab_size=vocab_size, init_std=0.3, **small)
-
-
-class Drawn:
-    """A model with weights drawn from a seed."""
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self.config = config
-        self._shapes = logical_shapes(config)
-        self._weights = InitialWeights(config, seed, self._shapes)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._weights.read_slice(name, tuple(slice(None) for _ in self._shapes[name]))
+    return model_config(preset="xglm_tiny", vocab_size=vocab_size, **small)
 
 
 class Counted:
@@ -56,7 +37,7 @@ class Counted:
 
     def __init__(self, seed: int) -> None:
         config = config_of()
-        self._inner = LogicalScorer(Drawn(config, seed))
+        self._inner = LogicalScorer(Drawn(config, seed, 0.3))
         self.vocab_size, self.max_positions = self._inner.vocab_size, self._inner.max_positions
         self.asked: list[tuple[int, ...]] = []
 
@@ -174,7 +155,7 @@ def test_an_ensemble_is_exported_and_loaded_by_one_class(
     folders = []
     for seed in range(3):
         folders.append(tmp_path / f"model{seed}")
-        write_logical(Drawn(config, seed), folders[-1], vocabulary_folder=made_vocabulary)
+        write_logical(Drawn(config, seed, 0.3), folders[-1], vocabulary_folder=made_vocabulary)
     save_clusterer(
         train_clusterer(made_corpus / "train", KMeansSettings(3), FeatureSettings(num_components=8)),
         tmp_path / "clusterer",
