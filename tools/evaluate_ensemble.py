@@ -23,6 +23,7 @@ from xlmega.experts.collection import Ensemble, scorer_of
 from xlmega.experts.comparison import ROUTING, Comparison
 from xlmega.experts.ensemble import generate
 from xlmega.experts.pictures import draw_matrix
+from xlmega.experts.told import told
 from xlmega.experts.weighing import KINDS, WeighingSettings
 from xlmega.weights.directory import DTYPES, dtype_named
 
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--prior", default="", metavar="P,P|training", help="of bayes, posterior and fixed")
     parser.add_argument("--matrix", action="store_true", help="every expert alone on every language, too")
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME=MODEL", help="other models")
+    parser.add_argument(
+        "--told", nargs="+", default=[], metavar="NAME=MODEL", help="trained with cluster_token: told --clusterer's"
+    )
     parser.add_argument("--split", default="valid", help="of a token folder (default %(default)s)")
     parser.add_argument("--language", nargs="+", default=(), help="these only")
     parser.add_argument("--definition", choices=DEFINITIONS, default="documents")
@@ -61,7 +65,9 @@ def main() -> None:
     rules = {kind: settings_of(args, kind, ensemble) for kind in kinds if kind != ROUTING}
     for settings in rules.values():
         ensemble.weighing_of(settings)
-    others = named(args.compare)
+    others, knowing = named(args.compare), named(args.told)
+    if knowing and ensemble.clusterer is None:
+        raise ConfigError("--told needs --clusterer: it says which cluster each text is told to be of.")
     dtype = dtype_named(args.dtype)
     devices = [device for device in args.devices.split(",") if device]
     pool = ensemble.pool(resident=args.resident, devices=devices, dtype=dtype)
@@ -91,6 +97,10 @@ def main() -> None:
     for name, folder in others.items():
         model = scorer_of(folder, device=devices[0], dtype=dtype)
         compared.score(name, lambda code, model=model: model)  # type: ignore[misc]
+    for name, folder in knowing.items():
+        assert ensemble.clusterer is not None
+        model, knows = scorer_of(folder, device=devices[0], dtype=dtype), ensemble.clusterer
+        compared.score(name, lambda code, model=model, knows=knows: told(model, knows, vocabulary, code))  # type: ignore[misc]
     compared.score_ensemble(ensemble, pool, rules, routing=ROUTING in kinds, matrix=args.matrix)
     for line in compared.table():
         print(line)
@@ -105,6 +115,7 @@ def main() -> None:
         "dtype": args.dtype,
         "rules": {name: config.to_table(settings) for name, settings in rules.items()},
         "compared": {name: str(folder) for name, folder in others.items()},
+        "told": {name: str(folder) for name, folder in knowing.items()},
         "rows": compared.result(),
     }
     written = [str(write_result(args.output, result))]
@@ -166,7 +177,7 @@ def named(texts: list[str]) -> dict[str, Path]:
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
-            raise ConfigError(f"--compare takes NAME=MODEL, such as dense=runs/dense; got '{text}'.")
+            raise ConfigError(f"--compare and --told take NAME=MODEL, such as dense=runs/dense; got '{text}'.")
         found[name] = Path(path)
     return found
 

@@ -3,7 +3,8 @@
     python tools/tokenize_corpus.py data/made/train --vocabulary vocab/made2k --output tokens/made
 
 writes tokens/made/{train,valid,...}/LANG.{bin,idx,json} and a copy of the vocabulary. An interrupted run is finished by
-the same command.
+the same command. With --clusters clusters/tfidf4 it also writes tokens/made/clusters/tfidf4/cluster-K, a token folder
+of each cluster's documents; tokens that are there already stay as they are.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ def main() -> None:
     parser.add_argument(
         "--suffix", nargs="*", metavar="PIECE", help="put behind instead of the document's end; none: ''"
     )
+    parser.add_argument("--clusters", type=Path, help="a folder from tools/assign_clusters.py: divide the tokens by it")
     parser.add_argument("--only", action="store_true", help="not the splits beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace splits that are there")
     args = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     splits = tokenizing.tokenize_corpus(
         args.split,
         args.vocabulary,
@@ -40,12 +46,21 @@ def main() -> None:
         suffix=args.suffix,
         only=args.only,
         overwrite=args.overwrite,
-        say=lambda line: print(line, flush=True),
+        complete_is_fine=args.clusters is not None,
+        say=say,
     )
     for split in splits:
         for manifest in split.manifests:
             print(f"  {split.name}/{manifest.language}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
-    print(f"wrote {args.output} ({', '.join(split.name for split in splits)}, vocabulary)")
+    written = [*(split.name for split in splits), "vocabulary"]
+    if args.clusters:
+        from xlmega.experts.parts import join_clusters  # brings scipy, which tokenising does without
+
+        written += [
+            str(folder.relative_to(args.output))
+            for folder in join_clusters(args.output, args.clusters, overwrite=args.overwrite, say=say)
+        ]
+    print(f"wrote {args.output} ({', '.join(written)})")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import shlex
 from pathlib import Path
 
 from xlmega.errors import ConfigError, run_main
-from xlmega.experts.branching import STOPPED, Experts, summary
+from xlmega.experts.branching import STOPPED, Experts
+from xlmega.experts.forgetting import summary
 from xlmega.experts.plan import Resolved, read_plan
 from xlmega.experts.slurm import submit
 

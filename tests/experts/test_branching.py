@@ -15,7 +15,8 @@ import pytest
 from stand_in import write_plan
 
 from xlmega.errors import CheckpointError, ConfigError, DataError
-from xlmega.experts.branching import Experts, summary
+from xlmega.experts.branching import Experts
+from xlmega.experts.forgetting import summary
 from xlmega.experts.plan import Resolved, read_plan
 from xlmega.training.checkpoint import Checkpoint, folder_of
 from xlmega.training.recipe import read_recipe

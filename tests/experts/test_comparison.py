@@ -66,7 +66,7 @@ def test_refusals(models: Path, made_tokens: Path, tmp_path: Path, monkeypatch: 
         run(monkeypatch, *experts, "--kind", "bayes", "--prior", "a")
     with pytest.raises(ConfigError, match="has no 'xx'; it has"):
         run(monkeypatch, *experts, "--kind", "uniform", "--language", "xx")
-    with pytest.raises(ConfigError, match="--compare takes NAME=MODEL"):
+    with pytest.raises(ConfigError, match="take NAME=MODEL"):
         run(monkeypatch, *experts, "--kind", "uniform", "--compare", "x")
     (tmp_path / "x").mkdir()
     (tmp_path / "x/result.json").write_text("{}")

@@ -161,7 +161,8 @@ def _refuse_small(small: list[str], settings: DataSettings) -> None:
     if not small:
         return
     length = settings.sequence_length
-    holds_out = any(_holds_out(_root(settings, root), settings) for root in (1, 2))
+    roots = [_root(settings, 1), *([_root(settings, 2)] if settings.data_root_2 else [])]
+    holds_out = any(_holds_out(root, settings) for root in roots)
     needs = f"{(1 + holds_out) * length + 1} tokens for " + (
         "a window to train on and one to hold out" if holds_out else "one window"
     )

@@ -74,6 +74,7 @@ def tokenize_corpus(
     suffix: Sequence[str] | None = None,
     only: bool = False,
     overwrite: bool = False,
+    complete_is_fine: bool = False,
     say: Say = lambda line: None,
 ) -> list[TokenizedSplit]:
     """Tokenise the split folder `split` to `output/NAME` and copy the vocabulary to `output/vocabulary`.
@@ -81,7 +82,7 @@ def tokenize_corpus(
     When the folder is called 'train', the splits beside it are tokenised too unless `only`. `prefix` and `suffix` are
     pieces put around every document: nothing before and the end of a document behind where they are not given, while
     X-ELM's form is `</s>` on both sides, and lines of text that were cut from one another want neither.
-    `say` takes progress lines.
+    An output that holds everything is refused unless `complete_is_fine`. `say` takes progress lines.
     """
     if workers < 1:
         raise DataError(f"at least 1 process tokenises, but {workers} were asked for.")
@@ -102,7 +103,7 @@ def tokenize_corpus(
         if overwrite:
             _check_overwrite(sources, vocabulary, output)
         finished = {} if overwrite else _finished(listed, vocabulary, form, output)
-        if len(finished) == len(sources):
+        if len(finished) == len(sources) and not complete_is_fine:
             raise DataError(
                 f"'{output}' is complete: it holds {', '.join(source.name for source in sources)}, made from these "
                 "files with this vocabulary. Use it as it is, choose another output, or add --overwrite to make it "

@@ -128,17 +128,27 @@ def assign_clusters(
 
 def clusters_by_language(output: Path, split: str) -> dict[str, npt.NDArray[np.int64]]:
     """For each language the clusters of its documents, in the order in which a split is read and tokenised."""
-    table = read_json(output / NAME, FORMAT_VERSION)
-    if split not in table.get("splits", {}):
-        known = ", ".join(table.get("splits", {})) or "none"
-        raise DataError(f"'{output}' has no clusters of split '{split}'; it has {known}. Run assign_clusters.py on it.")
     found: dict[str, list[npt.NDArray[np.int64]]] = {}
-    for file, _ in table["splits"][split]["files"]:
+    for file, _ in assigned_files(output, split):
         clusters, languages = read_clusters(output, split, file)
         names = np.array(languages, dtype=object)
         for code in dict.fromkeys(languages):
             found.setdefault(code, []).append(clusters[names == code])
     return {code: np.concatenate(parts) for code, parts in sorted(found.items())}
+
+
+def assigned_files(output: Path, split: str) -> list[tuple[str, int]]:
+    """('SHARD/FILE', bytes) of each file whose documents were assigned, in order."""
+    table = read_json(output / NAME, FORMAT_VERSION)
+    if split not in table.get("splits", {}):
+        known = ", ".join(table.get("splits", {})) or "none"
+        raise DataError(f"'{output}' has no clusters of split '{split}'; it has {known}. Run assign_clusters.py on it.")
+    return [(str(name), int(size)) for name, size in table["splits"][split]["files"]]
+
+
+def num_clusters(output: Path) -> int:
+    """How many clusters documents were assigned to."""
+    return int(read_json(output / NAME, FORMAT_VERSION)["num_clusters"])
 
 
 def read_clusters(output: Path, split: str, file: str) -> tuple[npt.NDArray[np.int64], list[str]]:

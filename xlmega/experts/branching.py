@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from xlmega.errors import CheckpointError, ConfigError
-from xlmega.experts.features import write_json
-from xlmega.experts.parts import divide_tokens
-from xlmega.experts.plan import DENSE, Expert, Resolved
+from xlmega.experts import parts
+from xlmega.experts.features import read_json, write_json
+from xlmega.experts.parts import divide_tokens, joined_folder, pinned_to
+from xlmega.experts.plan import DENSE, Division, Expert, Resolved
 from xlmega.locking import locked
 from xlmega.training.checkpoint import list_checkpoints
 
@@ -55,7 +56,9 @@ class State:
 
     def __str__(self) -> str:
         cluster = " ".join(f"{code}:{count}" for code, count in self.expert.languages.items())
-        return f"{self.expert.name}: {self.words} ({cluster})"
+        left_out = self.expert.left_out
+        less = f"; less than a window, left out: {' '.join(left_out)}" if left_out else ""
+        return f"{self.expert.name}: {self.words} ({cluster}{less})"
 
 
 class Experts:
@@ -97,7 +100,9 @@ class Experts:
                 folder = data / f"round-{number}"
                 if not one.add:
                     division = resolved.divisions[number - 1]
-                    divide_tokens(root, division.labels, division.num_clusters, folder, self.say)
+                    if one.clusters and not folder.exists():
+                        self._take_joined(joined_folder(root, Path(one.clusters)), division, folder)
+                    divide_tokens(root, division.labels, division.num_clusters, folder, self.say, resolved.marks)
                     continue
                 for cluster in range(len(one.add)):
                     labels = resolved.labels_of(number, cluster)
@@ -110,9 +115,15 @@ class Experts:
                     code: 0 * tokens.document_starts[1:] - (code not in resolved.languages)
                     for code, tokens in resolved.corpus.items()
                 }
-                inside = divide_tokens(root, everything, 1, data / "of-dense", self.say)[0]
+                inside = divide_tokens(root, everything, 1, data / "of-dense", self.say, resolved.marks)[0]
                 if not (data / DENSE).exists():
                     (data / DENSE).symlink_to(inside.relative_to(data))
+
+    def _take_joined(self, joined: Path, division: Division, folder: Path) -> None:
+        """Use what tokenize_corpus.py --clusters made, where it is what would be made here."""
+        pinned = pinned_to(self.resolved.corpus, division.labels, division.num_clusters, self.resolved.marks)
+        if (joined / parts.NAME).is_file() and read_json(joined / parts.NAME, parts.FORMAT_VERSION) == pinned:
+            folder.symlink_to(joined.resolve())
 
     def choose(self, names: Sequence[str] = (), clusters: Sequence[int] = ()) -> list[Expert]:
         """The experts of these names or cluster numbers; all without either."""
@@ -272,9 +283,10 @@ class Experts:
         ]
         if expert.weights:
             sets.append(f"init.weights={expert.weights}")
-        if weights := self.resolved.recipe.data.languages:
-            mine = ", ".join(f'"{code}" = {weights[code]}' for code in expert.languages if code in weights)
-            sets.append(f"data.languages={{{mine}}}")
+        if expert.mix:
+            sets.append("data.languages={" + ", ".join(f'"{code}" = {one!r}' for code, one in expert.mix.items()) + "}")
+            if all(expert.mix.values()):
+                sets.append("data.temperature=1.0")  # it is in the weights
         launcher = list(plan.launcher) or [sys.executable]
         line = [*launcher, str(PRETRAIN), "--recipe", plan.recipe, "--ds_config", plan.ds_config]
         line += [part for one in sets for part in ("--set", one)]
@@ -303,43 +315,6 @@ class _Process:
             self.process.kill()
             self.process.wait()
         self._log.close()
-
-
-def summary(experts: Experts) -> Iterator[str]:
-    """The state of every expert and, of rounds that added a language, what the old ones lost."""
-    for state in experts.states():
-        yield str(state)
-    for expert in experts.experts:
-        if expert.parent and experts.resolved.plan.rounds[int(expert.round.partition("-")[2]) - 1].add:
-            yield from forgetting(experts.output, expert)
-
-
-def forgetting(output: Path, expert: Expert) -> Iterator[str]:
-    """Bits per byte of every language before and after a language was added, from the run's own validations."""
-    first: dict[tuple[str, str], dict[str, float]] = {}
-    last = first
-    for record in _records(output / expert.name / "metrics.jsonl"):
-        if "validation" in record:
-            scores = {(record["validation"], code): one for code, one in record["by_language"].items()}
-            first = first or scores
-            last = scores
-    for (name, code), before in sorted(first.items()):
-        after = last[name, code]
-        if "bits_per_byte" in before:
-            new = "" if code in expert.languages else "  (not trained)"
-            yield (
-                f"{expert.name} {name}/{code}: {before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f} "
-                f"bits per byte{new}"
-            )
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 def _last_step(path: Path) -> tuple[int, float]:
@@ -371,7 +346,10 @@ def _differences(before: dict[str, Any], after: dict[str, Any], path: str = "") 
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{path}{key}.")
-        elif old != new and key != "experts":
+        elif old != new and isinstance(old, list) and all(isinstance(one, dict) and "name" in one for one in old):
+            rows = [{one["name"]: one for one in side} for side in (old, new)]
+            yield from _differences(rows[0], rows[1], f"{path}{key}.")
+        elif old != new:
             yield f"{path}{key}: {old!r} -> {new!r}"
 
 

@@ -6,6 +6,12 @@ A cluster's folder is a token folder like any other. Its `train` holds the clust
 other split is there whole, so all experts are validated on the same text. Files that are the same in a cluster and in
 the corpus are links where the file system can. OUTPUT appears whole, and one made from the same tokens and clusters is
 kept.
+
+Documents are joined to their clusters by file, language and order: both sides say which files they were made from, and
+they must be the same ones. Tokens are divided after they are made, not made cluster by cluster, because a division
+copies at the disk's rate where tokenising takes minutes a gigabyte, and because one tokenisation then serves every
+clustering, the seed model and the dense baseline. `join_clusters` keeps a division with the tokens, in
+TOKENS/clusters/NAME; tools/train_experts.py takes it from there, and otherwise makes its own.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +28,9 @@ import numpy.typing as npt
 
 from xlmega.data.indexed import IndexedTokens, IndexedWriter, open_corpus, splits
 from xlmega.errors import ConfigError, DataError
+from xlmega.experts.assignment import assigned_files, clusters_by_language, num_clusters
 from xlmega.experts.features import read_json, write_json
+from xlmega.locking import locked
 from xlmega.text.vocabulary import load_vocabulary
 
 Labels = Mapping[str, npt.NDArray[np.int64]]
@@ -66,6 +75,43 @@ def check_labels(corpus: Mapping[str, IndexedTokens], labels: Labels, what: str)
             )
 
 
+def check_sources(root: Path, split: str, clusters: Path) -> None:
+    """Refuse clusters of other files than a split of tokens was made from."""
+    path = root / split / "sources.txt"
+    if not path.is_file():
+        return  # tokens that another tool made say nothing of files
+    lines = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    tokenised = {name: int(size) for size, _, name in lines}
+    assigned = {str(name): int(size) for name, size in assigned_files(clusters, split)}
+    for name in sorted(tokenised.keys() | assigned.keys()):
+        if tokenised.get(name) != assigned.get(name):
+            sides = (tokenised.get(name, "no"), assigned.get(name, "no"))
+            raise DataError(
+                f"'{clusters}' was assigned from other files than '{root / split}' was tokenised from: of {name}, "
+                f"{sides[0]} bytes were tokenised and {sides[1]} assigned. Assign or tokenise again."
+            )
+
+
+def join_clusters(
+    root: Path, clusters: Path, *, overwrite: bool = False, say: Callable[[str], None] = lambda line: None
+) -> list[Path]:
+    """The tokens of each cluster beside all tokens, in ROOT/clusters/NAME/cluster-K; made where they are not there."""
+    check_sources(root, "train", clusters)
+    corpus, labels = open_corpus(root, "train"), clusters_by_language(clusters, "train")
+    check_labels(corpus, labels, f"'{clusters}'")
+    output = joined_folder(root, clusters)
+    output.parent.mkdir(exist_ok=True)
+    with locked(output, wait=True):
+        if overwrite:
+            shutil.rmtree(output, ignore_errors=True)
+        return divide_tokens(root, labels, num_clusters(clusters), output, say)
+
+
+def joined_folder(root: Path, clusters: Path) -> Path:
+    """Where `join_clusters` puts the clusters' tokens."""
+    return root / "clusters" / clusters.resolve().name
+
+
 def overlap(below: Labels, above: Labels) -> npt.NDArray[np.int64]:
     """[clusters below, clusters above]: documents in common."""
     shape = tuple(max(int(one.max(initial=0)) for one in labels.values()) + 1 for labels in (below, above))
@@ -76,13 +122,28 @@ def overlap(below: Labels, above: Labels) -> npt.NDArray[np.int64]:
     return counts
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Ids in front of each document that tell its cluster, see `told`."""
+
+    ids: npt.NDArray[np.int64]
+    """[clusters, length of a mark]"""
+    labels: Labels
+    """What the documents are told; no document that is written may be in no cluster."""
+
+
 def divide_tokens(
-    root: Path, labels: Labels, num_clusters: int, output: Path, say: Callable[[str], None] = lambda line: None
+    root: Path,
+    labels: Labels,
+    num_clusters: int,
+    output: Path,
+    say: Callable[[str], None] = lambda line: None,
+    marks: Marks | None = None,
 ) -> list[Path]:
     """The folders of the clusters' tokens under `output`, made where they are not there yet."""
     folders = [output / f"cluster-{k}" for k in range(num_clusters)]
     corpus = open_corpus(root, "train")
-    pinned = _pinned(corpus, labels, num_clusters)
+    pinned = pinned_to(corpus, labels, num_clusters, marks)
     if (output / NAME).is_file():
         if read_json(output / NAME, FORMAT_VERSION) == pinned:
             return folders
@@ -101,7 +162,8 @@ def divide_tokens(
         _link_folder(root / "vocabulary", folder / "vocabulary")
         (folder / "train").mkdir()
     for code, tokens in corpus.items():
-        counts += _divide(tokens, labels[code], part, num_clusters, piece_bytes)
+        told = None if marks is None else (marks.ids, marks.labels[code])
+        counts += _divide(tokens, labels[code], part, num_clusters, piece_bytes, told)
         say(f"{code}: tokens by cluster {' '.join(map(str, counts))} so far")
     empty = np.flatnonzero(counts == 0)
     if len(empty):
@@ -118,12 +180,13 @@ def _divide(
     part: Path,
     num_clusters: int,
     piece_bytes: npt.NDArray[np.int32],
+    told: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Write one language's documents to their clusters; returns tokens by cluster."""
     manifest = tokens.manifest
     result = np.zeros(num_clusters, np.int64)
     present = np.unique(labels[labels >= 0])
-    if len(present) == 1 and (labels >= 0).all():
+    if len(present) == 1 and (labels >= 0).all() and told is None:
         target = part / f"cluster-{present[0]}" / "train"
         for suffix in (".bin", ".idx", ".json"):
             name = tokens.path.name + suffix
@@ -140,8 +203,13 @@ def _divide(
             lengths = starts[chosen + 1] - starts[chosen]
             places = np.repeat(starts[chosen] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
             ids = np.asarray(tokens.tokens[places + np.arange(len(places))])
-            writer.add_documents(ids, lengths)
             utf8_bytes += int(piece_bytes[ids].sum(dtype=np.int64))
+            if told is not None:
+                rows = told[0][told[1][chosen]]
+                firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+                ids = np.insert(ids, np.repeat(firsts, rows.shape[1]), rows.ravel())
+                lengths = lengths + rows.shape[1]
+            writer.add_documents(ids, lengths)
         done = writer.finish(
             language=manifest.language,
             split=manifest.split,
@@ -156,10 +224,18 @@ def _divide(
     return result
 
 
-def _pinned(corpus: Mapping[str, IndexedTokens], labels: Labels, num_clusters: int) -> dict[str, object]:
-    digests = {code: hashlib.sha256(labels[code].astype("<i8").tobytes()).hexdigest() for code in corpus}
+def pinned_to(
+    corpus: Mapping[str, IndexedTokens], labels: Labels, num_clusters: int, marks: Marks | None = None
+) -> dict[str, object]:
+    """What parts.json says of a division: another one says something else."""
+
+    def digests(of: Labels) -> dict[str, str]:
+        return {code: hashlib.sha256(of[code].astype("<i8").tobytes()).hexdigest() for code in corpus}
+
     tokens = {code: one.manifest.bin_sha256 for code, one in corpus.items()}
-    return {"format_version": FORMAT_VERSION, "num_clusters": num_clusters, "tokens": tokens, "clusters": digests}
+    told = {} if marks is None else {"marks": marks.ids.tolist(), "told": digests(marks.labels)}
+    facts = {"format_version": FORMAT_VERSION, "num_clusters": num_clusters, "tokens": tokens}
+    return {**facts, "clusters": digests(labels), **told}
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -30,11 +30,15 @@ import numpy as np
 
 from xlmega import config
 from xlmega.data.indexed import IndexedTokens, open_corpus
-from xlmega.errors import ConfigError
-from xlmega.experts.assignment import clusters_by_language
-from xlmega.experts.features import read_json
-from xlmega.experts.parts import Labels, check_labels, labels_by_lot, labels_of_groups, overlap
+from xlmega.data.shares import Size
+from xlmega.data.windows import num_windows
+from xlmega.errors import ConfigError, DataError
+from xlmega.experts.assignment import clusters_by_language, num_clusters
+from xlmega.experts.parts import Labels, Marks, check_labels, check_sources, labels_by_lot, labels_of_groups, overlap
+from xlmega.experts.sharing import expert_mix
+from xlmega.experts.told import cluster_marks
 from xlmega.experts.typology import language_tree, nearest_language
+from xlmega.text.vocabulary import load_vocabulary
 from xlmega.training.recipe import Recipe, read_recipe
 
 DENSE = "dense"
@@ -94,6 +98,8 @@ class Plan:
     """Each expert gets as much as another, or (with share_by = "steps") in proportion to its cluster's tokens."""
     dense: bool = True
     """Train the dense baseline too, on the same total tokens."""
+    cluster_token: bool = False
+    """Tell the dense model and the experts each training document's cluster, by a mark in front of it, see `told`."""
     seed: int = 0
     """Of clusters by lot."""
     tree: Literal["pairs", "halves"] = "pairs"
@@ -105,6 +111,8 @@ class Plan:
             yield 'budget = "tokens" gives experts different lengths, so it needs share_by = "steps".'
         if self.seed < 0:
             yield f"seed must not be negative, but is {self.seed}."
+        if self.cluster_token and len(self.rounds) > 1:
+            yield "cluster_token is for one round: another has other clusters, and the dense model is told one."
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,13 @@ class Expert:
     batch_windows: int
     languages: Mapping[str, int]
     """Documents of each language in its cluster."""
+    mix: Mapping[str, float]
+    """Its `data.languages`; empty: as the recipe has them."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Languages whose part of the cluster is too small for a window."""
+        return [code for code in self.languages if self.mix and code not in self.mix]
 
     @property
     def round(self) -> str:
@@ -215,13 +230,14 @@ class Resolved:
         plan = self.plan
         if one.clusters:
             labels: Labels = clusters_by_language(Path(one.clusters), "train")
+            check_sources(Path(plan.data), "train", Path(one.clusters))
             known = {code: self.corpus[code] for code in self.corpus if code in labels or code in self.languages}
             check_labels(known, labels, f"'{one.clusters}'")
             kept = {
                 code: labels[code] if code in self.languages else np.full(tokens.num_documents, -1, np.int64)
                 for code, tokens in self.corpus.items()
             }
-            return Division(kept, int(read_json(Path(one.clusters) / "clusters.json", 1)["num_clusters"]))
+            return Division(kept, num_clusters(Path(one.clusters)))
         if one.random:
             known = {code: self.corpus[code] for code in self.languages}
             by_lot = labels_by_lot(known, one.random, plan.seed)
@@ -235,6 +251,15 @@ class Resolved:
             tree = language_tree(self.languages, feature_set=plan.feature_set, linkage=plan.linkage, method=plan.tree)
             groups = tree.clusters(one.typology)
         return Division(labels_of_groups(self.corpus, groups), len(groups))
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """What tells a document's cluster, where the plan wants that."""
+        if not self.plan.cluster_token:
+            return None
+        (division,) = self.divisions
+        vocabulary = load_vocabulary(Path(self.plan.data) / "vocabulary")
+        return Marks(np.array(cluster_marks(vocabulary, division.num_clusters)), division.labels)
 
     def donor(self, code: str) -> str:
         """The typologically nearest language that is trained without being added."""
@@ -287,14 +312,21 @@ class Resolved:
         seed = plan.seed_model
         for number, one in enumerate(plan.rounds, start=1):
             k = self.divisions[number - 1].num_clusters
-            tokens = [self._tokens(number, cluster) for cluster in range(k)]
-            for cluster in range(k):
+            parts = [self._sizes(self.labels_of(number, cluster)) for cluster in range(k)]
+            tokens = [sum(size.tokens for size in part.values()) for part in parts]
+            for cluster, part in enumerate(parts):
                 share = 1 / k if plan.budget == "equal" else tokens[cluster] / sum(tokens)
                 steps = one.total_steps if plan.share_by == "batch" else max(1, round(one.total_steps * share))
                 parent = ""
                 if number > 1:
                     parent = f"round-{self._last_whole(number)}/expert-{self.parents[number - 1][cluster]}"
-                labels = self.labels_of(number, cluster)
+                mix = expert_mix(self.recipe.data, self._whole(part), part)
+                if not any(size.windows for size in part.values()):
+                    raise DataError(
+                        f"cluster {cluster} of round {number} has less than {self.recipe.data.sequence_length + 1} "
+                        "tokens of every language, which is no window. Take fewer clusters or a smaller "
+                        "data.sequence_length."
+                    )
                 found.append(
                     Expert(
                         name=f"round-{number}/expert-{cluster}",
@@ -304,22 +336,31 @@ class Resolved:
                         parent=parent,
                         total_steps=steps,
                         batch_windows=batch // k if plan.share_by == "batch" else batch,
-                        languages={code: n for code, one in labels.items() if (n := int((one >= 0).sum()))},
+                        languages={code: size.documents for code, size in part.items()},
+                        mix=mix,
                     )
                 )
         if plan.dense:
             total = sum(one.total_steps for one in plan.rounds if not one.add)
             documents = {code: self.corpus[code].num_documents for code in self.languages}
-            found.append(Expert(DENSE, -1, self.output / "data" / DENSE, seed, "", total, batch, documents))
+            mix = {code: weight for code, weight in self.recipe.data.languages.items() if code in documents}
+            found.append(Expert(DENSE, -1, self.output / "data" / DENSE, seed, "", total, batch, documents, mix))
         return found
 
-    def _tokens(self, number: int, cluster: int) -> int:
-        found = 0
-        for code, labels in self.labels_of(number, cluster).items():
-            tokens = self.corpus[code]
-            lengths = np.diff(tokens.document_starts) if (labels >= 0).any() else np.zeros(len(labels), np.int64)
-            found += int(lengths[labels >= 0].sum())
+    def _sizes(self, labels: Labels) -> dict[str, Size]:
+        """Of each language that has documents with labels from 0."""
+        found, data = {}, self.recipe.data
+        for code, one in labels.items():
+            if documents := int((one >= 0).sum()):
+                tokens = int(np.diff(self.corpus[code].document_starts)[one >= 0].sum())
+                windows = documents if data.windows == "documents" else num_windows(tokens, data.sequence_length)
+                found[code] = Size(tokens, documents, windows)
         return found
+
+    def _whole(self, part: Mapping[str, Size]) -> dict[str, Size]:
+        """Of all languages that the recipe or the cluster has."""
+        codes = dict.fromkeys([*(self.recipe.data.languages or self.corpus), *part])
+        return self._sizes({code: np.zeros(self.corpus[code].num_documents, np.int64) for code in codes})
 
     def facts(self) -> dict[str, Any]:
         """What an output directory is pinned to."""
