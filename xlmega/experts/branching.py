@@ -346,8 +346,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any], path: str = "") 
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{path}{key}.")
-        elif old != new and isinstance(old, list) and all(isinstance(one, dict) and "name" in one for one in old):
-            rows = [{one["name"]: one for one in side} for side in (old, new)]
+        elif old != new and key == "experts":
+            rows = [{one["name"]: one for one in side or ()} for side in (old, new)]
             yield from _differences(rows[0], rows[1], f"{path}{key}.")
         elif old != new:
             yield f"{path}{key}: {old!r} -> {new!r}"
