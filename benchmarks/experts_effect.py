@@ -3,10 +3,11 @@
     python benchmarks/experts_effect.py ../shared/data/pydocs --folder runs/effect --seeds 3
 
 For each seed: a seed model, then from it, each on the same number of tokens: a dense continuation, four TF-IDF experts,
-four typological experts, and typological experts in two rounds (4, then 8, each from its parent). Prints the table that
-X-ELM's paper prints (perplexity by language and mean; rows are models) with the standard deviation over seeds, each
-row's difference from dense in pairs by seed, and the expert-by-language matrices. Finished steps are kept: run it
-again to go on.
+four typological experts, and typological experts in two rounds (4, then 8, each from its parent); with --ablations also
+four experts of clusters by lot, and a dense model that is told each document's cluster. Prints the table that X-ELM's
+paper prints (perplexity by language and mean; rows are models) with the standard deviation over seeds, each row's
+difference from dense in pairs by seed, and the expert-by-language matrices. Finished steps are kept: run it again to go
+on.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ROWS = {  # printed name: (scores, row)
     "typological, routed": ("typology4", "routing"),
     "HMR to 8, routed": ("hmr8", "routing"),
 }
+ABLATIONS = {"by lot, ensemble": ("random4", "uniform"), "dense, told its cluster": ("told4", "told")}
 
 
 def main() -> None:
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--seed_steps", type=int, default=400)
     parser.add_argument("--total_steps", type=int, default=200, help="of the dense continuation")
     parser.add_argument("--documents", type=int, default=30, help="scored of each language")
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--parallel", type=int, default=2, help="experts side by side")
     args = parser.parse_args()
     begun = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -57,17 +61,21 @@ def main() -> None:
     for seed in range(args.seeds):
         one_seed(args, seed, tokens)
         print(f"seed {seed} is done, {(time.monotonic() - begun) / 60:.0f} minutes", flush=True)
-    report(args.folder, args.seeds)
+    report(args.folder, args.seeds, {**ROWS, **ABLATIONS} if args.ablations else ROWS)
 
 
 def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
     folder = args.folder / f"seed-{seed}"
     folder.mkdir(exist_ok=True)
-    clusterer, clusters, model = folder / "clusterer", folder / "clusters", folder / "seed-model"
+    clusterer, clusters, model = folder / "clusterer", folder / f"tfidf4-{seed}", folder / "seed-model"
     tool(clusterer, "train_clusterer.py", args.data / "train", "--k", 4, "--seed", seed, "--output", clusterer)
     tool(
         clusters / "train", "assign_clusters.py", args.data / "train", "--clusterer", clusterer, "--balanced",
-        "--workers", 2, "--output", clusters,
+        "--workers", args.parallel, "--output", clusters,
+    )  # fmt: skip
+    tool(
+        tokens / "clusters" / clusters.name, "tokenize_corpus.py", args.data / "train", "--vocabulary",
+        args.folder / "vocabulary", "--output", tokens, "--clusters", clusters,
     )  # fmt: skip
     if not (model / "checkpoints" / f"step-{args.seed_steps:08d}").is_dir():
         sets = [*MODEL, f"data.root={tokens}", f"training.total_steps={args.seed_steps}", f"training.seed={seed}"]
@@ -80,18 +88,28 @@ def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
         "typology4": f"[[rounds]]\ntypology = 4\ntotal_steps = {args.total_steps}\n",
         "hmr8": f"[[rounds]]\ntypology = 4\ntotal_steps = {half}\n[[rounds]]\ntypology = 8\ntotal_steps = {half}\n",
     }
+    if args.ablations:
+        rounds["random4"] = f"[[rounds]]\nrandom = 4\ntotal_steps = {args.total_steps}\n"
+        rounds["told4"] = f"cluster_token = true\n{rounds['tfidf4']}"
     for name, table in rounds.items():
         plan = folder / f"{name}.toml"
         overrides = [*EXPERTS, f"training.seed={seed + 100}"]
         plan.write_text(
             f'recipe = "xglm_tiny"\ndata = "{tokens}"\nds_config = "{ROOT}/ds_configs/cpu_debug.json"\n'
             f'seed_model = "{model}"\noverrides = {json.dumps(overrides)}\ntree = "halves"\n'
-            f"dense = {json.dumps(name == 'tfidf4')}\n{table}"
+            f"dense = {json.dumps(name in ('tfidf4', 'told4'))}\n{table}"
         )
-        run(ROOT / "tools/train_experts.py", plan, "--output", folder / name, "--parallel", 2)
+        only = ["--only", "dense"] if name == "told4" else []
+        run(ROOT / "tools/train_experts.py", plan, "--output", folder / name, "--parallel", args.parallel, *only)
     common = ["--data", tokens, "--max_documents", args.documents, "--length", 256]
     compare = ["--compare", f"seed={model}", f"dense={folder / 'tfidf4/dense'}"]
+    told = ["--told", f"told={folder / 'told4/dense'}"]
+    ablations = {
+        "random4": [folder / "random4", "--kind", "uniform"],
+        "told4": [model, model, "--kind", "uniform", "--clusterer", clusterer, *told],
+    }
     for name, words in {
+        **(ablations if args.ablations else {}),
         "tfidf4": [folder / "tfidf4", "--clusterer", clusterer, "--matrix", *compare],
         "tfidf4-top2": [folder / "tfidf4", "--clusterer", clusterer, "--top_k", 2],
         "typology4": [folder / "typology4", "--matrix"],
@@ -116,27 +134,27 @@ def run(script: Path, *words: object) -> None:
     print(done.stdout.strip().splitlines()[-1], flush=True)
 
 
-def report(folder: Path, seeds: int) -> None:
+def report(folder: Path, seeds: int, rows: dict[str, tuple[str, str]]) -> None:
     """The table, differences and matrices, over seeds."""
-    found = {name: np.array([row_of(folder, seed, *where) for seed in range(seeds)]) for name, where in ROWS.items()}
+    found = {name: np.array([row_of(folder, seed, *where) for seed in range(seeds)]) for name, where in rows.items()}
     print("\nperplexity by language, mean over seeds (standard deviation of the mean column)")
-    print("".ljust(22) + "".join(code.rjust(9) for code in LANGUAGES) + "     mean  (sd)")
+    print("".ljust(24) + "".join(code.rjust(9) for code in LANGUAGES) + "     mean  (sd)")
     for name, values in found.items():
         mean = values.mean(axis=1)
         spread = statistics.stdev(mean) if seeds > 1 else float("nan")
         cells = "".join(f"{value:9.2f}" for value in values.mean(axis=0))
-        print(f"{name.ljust(22)}{cells}{mean.mean():9.2f}  ({spread:.2f})")
+        print(f"{name.ljust(24)}{cells}{mean.mean():9.2f}  ({spread:.2f})")
     print("\nlog-perplexity less dense's, mean over languages, by seed (negative: better than dense); languages better")
     for name, values in found.items():
         gap = np.log(values) - np.log(found["dense"])
         better = int((gap.mean(axis=0) < 0).sum())
         by_seed = " ".join(f"{one:+.4f}" for one in gap.mean(axis=1))
-        print(f"{name.ljust(22)} {by_seed}   {better} of {len(LANGUAGES)}")
+        print(f"{name.ljust(24)} {by_seed}   {better} of {len(LANGUAGES)}")
     for name in ("tfidf4", "typology4", "hmr8"):
-        rows = json.loads((folder / f"seed-0/scores/{name}/result.json").read_text())["rows"]
+        scores = json.loads((folder / f"seed-0/scores/{name}/result.json").read_text())["rows"]
         print(f"\nexperts by languages, {name}, seed 0")
         print("".ljust(10) + "".join(code.rjust(9) for code in LANGUAGES))
-        for expert, row in rows.items():
+        for expert, row in scores.items():
             if expert.startswith("expert-"):
                 print(expert.ljust(10) + "".join(f"{row['languages'][c]['perplexity']:9.2f}" for c in LANGUAGES))
 
