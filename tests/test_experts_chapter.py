@@ -1,4 +1,4 @@
-"""The README's chapter on experts: its commands as they stand there, on a small corpus, two clusters and small models."""
+"""The README's chapter on experts: its commands as they stand there, on a small corpus, with small models."""
 
 from __future__ import annotations
 

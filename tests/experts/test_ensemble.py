@@ -88,6 +88,19 @@ def test_probabilities_are_mixed_and_sum_to_one() -> None:
     torch.testing.assert_close(row[torch.arange(3), IDS[:, 5]], scored[:, 4])
 
 
+@pytest.mark.parametrize("kind", ["clustering", "product"])
+def test_identical_experts_are_the_expert_whatever_the_clusters_say(models: Path, kind: str) -> None:
+    ensemble = Ensemble.of([models / "m0"] * 2, clusterer=models / "text2")
+    scorer = ensemble.scorer(settings=WeighingSettings(kind))  # type: ignore[arg-type]
+    one = scorer.pool.expert(0)
+    torch.testing.assert_close(
+        scorer.log_probabilities(IDS[:, :-1], IDS[:, 1:]), one.log_probabilities(IDS[:, :-1], IDS[:, 1:])
+    )
+    mixed = Ensemble.of([models / "m0", models / "m1"], clusterer=models / "text2")
+    found = mixed.scorer(settings=WeighingSettings(kind)).next_distribution(IDS, torch.tensor([11, 4, 1]))  # type: ignore[arg-type]
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(3))
+
+
 def test_only_experts_with_weight_are_asked_and_only_as_far() -> None:
     experts = [Counted(k) for k in range(4)]
     ensemble = EnsembleScorer(pool_of(experts), fixed(0.4, 0.0, 0.3, 0.3, top_k=2))

@@ -8,7 +8,9 @@ nearest-centre rule is balanced for documents of the same kind, one at a time.
 
 `method="published"` is the procedure of METHODS §2.4: blocks of 50,000 (one smaller block where there are fewer, which
 the published code cannot do), 20 iterations each that go on from the block before, the auction, stop at a squared sum
-of shifts under 1e-3, random rows as first centres. Seeded here; the published code is not.
+of shifts under 1e-3, random rows as first centres. Seeded here; the published code is not. Its third metric, soft-dtw,
+compares series in time: the components of an SVD are none, and the mean of its clusters is not their vectors' mean, so
+there is nothing here that it could mean.
 """
 
 from __future__ import annotations
