@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ["en", "es", "fr", "id", "it", "ja", "ko", "pl", "pt", "tr", "uk", "zh"]
 MODEL = [
-    "model.num_layers=4", "model.hidden_size=192", "model.ffn_hidden_size=768", "model.num_heads=4",
+    "model.num_layers=4", "model.hidden_size=128", "model.ffn_hidden_size=512", "model.num_heads=4",
     "data.sequence_length=256", "data.temperature=2.0", "training.batch_windows=16", "training.validation_windows=4",
     "training.validate_every_steps=0", "training.save_every_steps=100", "training.log_every_steps=20",
 ]  # fmt: skip
@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a folder with train/ and valid/")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seed_steps", type=int, default=400)
-    parser.add_argument("--total_steps", type=int, default=200, help="of the dense continuation")
-    parser.add_argument("--documents", type=int, default=30, help="scored of each language")
+    parser.add_argument("--seed_steps", type=int, default=300)
+    parser.add_argument("--total_steps", type=int, default=120, help="of the dense continuation")
+    parser.add_argument("--documents", type=int, default=20, help="scored of each language")
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--parallel", type=int, default=2, help="experts side by side")
+    parser.add_argument("--parallel", type=int, default=1, help="experts side by side")
     args = parser.parse_args()
     begun = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)

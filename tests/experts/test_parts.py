@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import runpy
 import shutil
 import sys
@@ -67,17 +68,9 @@ def test_clusters_are_joined_to_tokens_by_file(
     save_clusterer(RandomClusterer(2), tmp_path / "lot")
     assign_clusters(made_corpus / "train", tmp_path / "lot", tmp_path / "lot2", only=True)
     tokens = tmp_path / "tokens"
-    words = [
-        made_corpus / "train",
-        "--vocabulary",
-        made_vocabulary,
-        "--output",
-        tokens,
-        "--clusters",
-        tmp_path / "lot2",
-    ]
+    words = [made_corpus / "train", "--vocabulary", made_vocabulary, "--clusters", tmp_path / "lot2"]
     for _ in range(2):  # the second time everything is there
-        monkeypatch.setattr(sys, "argv", ["tokenize_corpus.py", *map(str, words), "--workers", "1"])
+        monkeypatch.setattr(sys, "argv", ["tokenize_corpus.py", *map(str, words), "--output", str(tokens)])
         runpy.run_path(str(ROOT / "tools/tokenize_corpus.py"))["main"]()
     labels = clusters_by_language(tmp_path / "lot2", "train")
     for k in range(2):
@@ -97,7 +90,7 @@ def test_clusters_are_joined_to_tokens_by_file(
     other = made_corpus.parent / "other"
     shutil.copytree(made_corpus, other)
     with next((other / "train").rglob("*.jsonl*")).open("ab") as file:
-        file.write(b"\n")
+        file.write(gzip.compress(b"\n"))
     assign_clusters(other / "train", tmp_path / "lot", tmp_path / "other2", only=True)
     with pytest.raises(DataError, match="assigned from other files than .* bytes were tokenised"):
         join_clusters(tokens, tmp_path / "other2")
