@@ -54,8 +54,10 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="experts side by side")
     args = parser.parse_args()
     begun = time.monotonic()
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}  # an eighth of the batch
     args.folder.mkdir(parents=True, exist_ok=True)
     tokens, vocabulary = args.folder / "tokens", args.folder / "vocabulary"
+    (args.folder / "ds_config.json").write_text(json.dumps(settings))
     tool(vocabulary, "train_vocabulary.py", args.data / "train", "--size", 8192, "--output", vocabulary)
     tool(tokens / "train", "tokenize_corpus.py", args.data / "train", "--vocabulary", vocabulary, "--output", tokens)
     for seed in range(args.seeds):
@@ -95,7 +97,7 @@ def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
         plan = folder / f"{name}.toml"
         overrides = [*EXPERTS, f"training.seed={seed + 100}"]
         plan.write_text(
-            f'recipe = "xglm_tiny"\ndata = "{tokens}"\nds_config = "{ROOT}/ds_configs/cpu_debug.json"\n'
+            f'recipe = "xglm_tiny"\ndata = "{tokens}"\nds_config = "{args.folder}/ds_config.json"\n'
             f'seed_model = "{model}"\noverrides = {json.dumps(overrides)}\ntree = "halves"\n'
             f"dense = {json.dumps(name in ('tfidf4', 'told4'))}\n{table}"
         )

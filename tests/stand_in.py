@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_layers=2", "data.sequence_length=32",
     "training.batch_windows=8", "training.validation_windows=2", "training.validate_every_steps=0",
@@ -39,10 +38,11 @@ folder.mkdir(parents=True)
 
 def write_plan(folder: Path, tokens: Path, rounds: list[dict[str, Any]], **keys: Any) -> Path:
     (folder / "stand_in.py").write_text(STAND_IN)
+    (folder / "ds_config.json").write_text('{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}')
     table = {
         "recipe": "xglm_tiny",
         "data": str(tokens),
-        "ds_config": str(ROOT / "ds_configs/cpu_debug.json"),
+        "ds_config": str(folder / "ds_config.json"),
         "overrides": SMALL,
         "launcher": [sys.executable, str(folder / "stand_in.py")],
         **keys,

@@ -161,6 +161,13 @@ def test_refusals(made_tokens: Path, tmp_path: Path) -> None:
     refused(ConfigError, "round 1 has no key 'cluster'. Did you mean 'clusters'", [{"total_steps": 1, "cluster": "x"}])
     refused(ConfigError, "total_steps must be at least 1", [{"total_steps": 0, "random": 2}])
     refused(ConfigError, "batch_windows=8 cannot be shared by 3", [{"total_steps": 1, "random": 3}])
+    shipped = str(ROOT / "ds_configs/cpu_debug.json")
+    refused(
+        ConfigError,
+        "each of 4 experts has 2 .*windows=16, .*of 2,",
+        [{"total_steps": 1, "random": 4}],
+        ds_config=shipped,
+    )
     refused(ConfigError, 'needs share_by = "steps"', [{"total_steps": 1, "random": 2}], budget="tokens")
     refused(ConfigError, "round 1 has nothing before it", [{"total_steps": 1, "add": ["qla"]}])
     refused(ConfigError, r"parents = \[5\]", [HMR[0], {"total_steps": 1, "random": 1, "parents": [5]}])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ from xlmega.experts.told import cluster_marks
 from xlmega.experts.typology import language_tree, nearest_language
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.training.recipe import Recipe, read_recipe
+from xlmega.training.runtime import read_runtime
 
 DENSE = "dense"
 
@@ -217,14 +219,26 @@ class Resolved:
         found: list[Division] = []
         for number, one in enumerate(self.plan.rounds, start=1):
             division = self._division(one, found)
-            if self.plan.share_by == "batch" and self.batch_windows % division.num_clusters:
-                batch, k = self.batch_windows, division.num_clusters
-                raise ConfigError(
-                    f"round {number}: training.batch_windows={batch} cannot be shared by {k} experts. Take a multiple, "
-                    f'such as {k * max(1, round(batch / k))}, or share_by = "steps".'
-                )
+            if self.plan.share_by == "batch":
+                self._check_share(number, division.num_clusters)
             found.append(division)
         return found
+
+    def _check_share(self, number: int, k: int) -> None:
+        """Every expert of a round can run its part of the batch: found now, not when the rounds before are trained."""
+        batch, micro = self.batch_windows, read_runtime(Path(self.plan.ds_config)).micro_batch_windows
+        if batch % k:
+            raise ConfigError(
+                f"round {number}: training.batch_windows={batch} cannot be shared by {k} experts. Take a multiple, "
+                f'such as {k * max(1, round(batch / k))}, or share_by = "steps".'
+            )
+        if batch // k % micro:
+            raise ConfigError(
+                f"round {number}: each of {k} experts has {batch // k} of training.batch_windows={batch}, which is no "
+                f"multiple of the {micro} windows of a micro-batch in '{self.plan.ds_config}'. Take "
+                f"training.batch_windows={k * micro * max(1, round(batch / k / micro))}, a micro-batch of "
+                f'{math.gcd(batch // k, micro)}, or share_by = "steps".'
+            )
 
     def _division(self, one: Round, before: Sequence[Division]) -> Division:
         plan = self.plan
