@@ -4,7 +4,7 @@
 
 Real runs of pretrain.py, one on each node. When both are some steps in, every process of one node is killed as when a
 machine dies. Slurm notices, requeues the task, and it goes on from its last checkpoint when the node is back; the job
-that comes after all runs after it. Weights and moments must be bitwise those of an undisturbed run on this machine.
+that scores the ensemble runs after both. Weights and moments must be bitwise those of an undisturbed run here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
         f"overrides = {json.dumps(overrides)}\ndense = false\n"
         f'[[rounds]]\nlanguages = [["qla"], ["qcy", "qgr", "qhn", "qlb"]]\ntotal_steps = {STEPS}\n'
     )
-    for name in ("alone", "lost"):
+    for name in ("alone", "lost", "scores"):
         shutil.rmtree(folder / name, ignore_errors=True)
     tool = [sys.executable, str(ROOT / "tools/train_experts.py"), str(plan), "--output"]
     experts_faults.finish([*tool, str(folder / "alone"), "--parallel", "2"])
@@ -54,8 +54,9 @@ def main() -> None:
     login = ["exec", "env", path, f"PYTHONPATH={ROOT}", *tool, str(output)]
     with slurm_cluster.cluster() as cluster:
         begun = time.monotonic()
+        score = f"python {ROOT}/tools/evaluate_ensemble.py {output} --data {folder}/tokens --output {folder}/scores"
         told = cluster.call(
-            *login, "--slurm", "--sbatch_args=--nodes=1 --ntasks=1 --exclusive", "--then", f"touch {output}/after"
+            *login, "--slurm", "--sbatch_args=--nodes=1 --ntasks=1 --exclusive", "--then", f"{score} --max_documents 5"
         )
         job, after = (int(re.findall(rf"{name}: (\d+)", told)[0]) for name in ("round-1", "then"))
         until(lambda: min(steps(output, k) for k in range(2)) >= 30, lambda: "not both experts are on their way")
@@ -64,10 +65,11 @@ def main() -> None:
         cluster.call("crash-node", "n2")
         until(lambda: "Restarts=1" in states(cluster, job), lambda: states(cluster, job))
         noticed = time.monotonic()
-        assert not (output / "after").exists(), "the last job did not wait"
+        assert not (folder / "scores").exists(), "the last job did not wait"
         cluster.call("start-node", "n2")
         cluster.await_state(after, "COMPLETED", "FAILED")
-        assert (output / "after").exists()
+        rows = json.loads((folder / "scores/result.json").read_text())["rows"]
+        assert set(rows) == {"routing"} and rows["routing"]["all"]["sequences"] > 0
         print(
             f"requeued; all done after {time.monotonic() - begun:.0f} s, {time.monotonic() - noticed:.0f} s after it",
             flush=True,
