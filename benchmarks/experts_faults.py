@@ -41,15 +41,18 @@ OVERRIDES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each kind")
+    parser.add_argument("--kills", type=int, default=20, help="of the assignment, and of driver and experts in turns")
+    parser.add_argument("--of", choices=("assignment", "experts", "both"), default="both")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.folder
     make_data(folder)
     generator = random.Random(args.seed)
-    assignments(folder, generator, args.kills)
-    experts(folder, generator, args.kills)
+    if args.of != "experts":
+        assignments(folder, generator, args.kills)
+    if args.of != "assignment":
+        experts(folder, generator, args.kills)
 
 
 def make_data(folder: Path) -> None:
@@ -73,12 +76,13 @@ def assignments(folder: Path, generator: random.Random, kills: int) -> None:
     length = finish(line(whole))
     wanted = contents(whole)
     struck = 0
-    for _ in range(kills):
-        output = folder / "assigned-again"
+    for trial in range(kills):
+        output, moment = folder / "assigned-again", generator.uniform(0.0, length)
         shutil.rmtree(output, ignore_errors=True)
-        struck += kill_at(line(output), generator.uniform(0.0, length))
+        struck += kill_at(line(output), moment)
         finish(line(output))
         assert contents(output) == wanted, "another assignment after SIGKILL"
+        print(f"trial {trial + 1}: killed at {moment:.1f} s of {length:.1f}; byte-identical", flush=True)
     print(
         f"assignment: {struck} of {kills} killed before their end, all byte-identical after the same command",
         flush=True,
