@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -211,6 +212,8 @@ def test_every_other_split_is_a_set(roots: dict[str, Any]) -> None:
     assert languages_of(choice, train)["en"].windows.count == 3999 // 8
     only = DataSettings(root="both", sequence_length=8, languages={"en": 1.0})
     assert {n: list(s) for n, s in validation_sets(only, 100).items()} == {"valid": ["en"]}
+    everything = dataclasses.replace(only, validated_languages="all")
+    assert {n: list(s) for n, s in validation_sets(everything, 100).items()} == {"test": ["yo"], "valid": ["en", "sw"]}
 
 
 def test_without_another_split_the_last_windows_are_held_out(roots: dict[str, Any]) -> None:

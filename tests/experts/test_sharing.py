@@ -25,6 +25,10 @@ def test_a_cluster_has_the_dense_mix_of_what_is_in_it() -> None:
     assert both[0]["a"] + both[1]["a"] == pytest.approx(0.2)
 
 
+def test_whole_languages_are_left_to_the_recipe() -> None:
+    assert expert_mix(DataSettings(temperature=2.0), WHOLE, {"a": WHOLE["a"], "b": WHOLE["b"]}) == {}
+
+
 def test_less_than_a_window_is_left_out() -> None:
     part = {"a": Size(800, 8, 8), "c": Size(30, 1, 0)}
     assert set(expert_mix(DataSettings(), WHOLE, part)) == {"a"}

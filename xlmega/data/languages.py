@@ -191,14 +191,16 @@ def id_space(settings: DataSettings, vocabularies: Sequence[Vocabulary]) -> IdSp
 def validation_sets(settings: DataSettings, max_windows: int) -> dict[str, dict[str, Language]]:
     """Set name -> language -> at most `max_windows` windows, in file order, sorted by name and by language.
 
-    Every split but 'train' is a set, with those of the recipe's languages that it has; a file's short last window
-    counts. A root without such a split gives the set 'held_out', windows that training never serves, unless
-    frac_validation is 0. Each language stands there with its clones.
+    Every split but 'train' is a set, with those of the recipe's languages that it has, or all of its own where
+    validated_languages says so; a file's short last window counts. A root without such a split gives the set
+    'held_out', windows that training never serves, unless frac_validation is 0. Each language stands there with its
+    clones.
     """
     if max_windows < 1:
         raise ConfigError(f"a validation set takes at least 1 window of each language, but max_windows={max_windows}.")
     sets: dict[str, dict[str, Language]] = {}
-    wanted = _wanted(settings, open_roots(settings)) if _any_named(settings) else None
+    narrowed = settings.validated_languages == "trained" and _any_named(settings)
+    wanted = _wanted(settings, open_roots(settings)) if narrowed else None
     for root in range(1, 1 + len(roots_of(settings))):
         for split, languages in _sets_of_root(settings, root, max_windows, wanted).items():
             sets.setdefault(split, {}).update(languages)

@@ -94,6 +94,8 @@ class DataSettings:
 
     frac_validation: float = 0.01
     """Part of every language's windows, the last ones, held out when a root has no split but 'train'."""
+    validated_languages: Literal["trained", "all"] = "trained"
+    """Those that the recipe names, or all that the validation splits have."""
 
     def problems(self) -> Iterator[str]:
         if self.sequence_length < 1:

@@ -284,6 +284,7 @@ class Experts:
         if expert.weights:
             sets.append(f"init.weights={expert.weights}")
         if expert.mix:
+            sets.append('data.validated_languages="all"')  # experts are compared, and one may forget
             sets.append("data.languages={" + ", ".join(f'"{code}" = {one!r}' for code, one in expert.mix.items()) + "}")
             if all(expert.mix.values()):
                 sets.append("data.temperature=1.0")  # it is in the weights

@@ -16,7 +16,8 @@ from xlmega.data.shares import Size, weights
 
 
 def expert_mix(settings: DataSettings, whole: Mapping[str, Size], part: Mapping[str, Size]) -> dict[str, float]:
-    """`data.languages` of an expert: weights, or zeros where the recipe's sampling gives them, or nothing to say.
+    """`data.languages` of an expert: weights, or zeros where the recipe's sampling gives them, or nothing where that is
+    the dense mix already, since the cluster holds whole languages.
 
     `whole` has the sizes of the dense model's languages, `part` of those in the cluster."""
     kept = [code for code, size in part.items() if size.windows >= 1]
@@ -26,6 +27,8 @@ def expert_mix(settings: DataSettings, whole: Mapping[str, Size], part: Mapping[
         and not (settings.stages or settings.language_schedule or settings.token_budgets)
         and not (settings.num_cloned_languages or settings.data_root_2)
     )
+    if not settings.languages and all(size == whole[code] and size.windows for code, size in part.items()):
+        return {}
     shares = weights(settings, whole) if scalable else settings.languages
     if kept and all(shares.get(code) for code in kept):
         return {code: shares[code] * part[code].tokens / whole[code].tokens for code in kept}
