@@ -44,8 +44,8 @@ from xlmega.experts.clusterer import (
 )
 from xlmega.experts.evening import balanced_labels
 from xlmega.experts.features import read_arrays, read_json, write_arrays, write_json
-from xlmega.text.corpus import SUFFIXES, Document, corpus_files, read_documents, sibling_splits, write_records
 from xlmega.locking import locked
+from xlmega.text.corpus import SUFFIXES, Document, corpus_files, read_documents, sibling_splits, write_records
 
 FORMAT_VERSION = 1
 NAME = "clusters.json"
