@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pa
         pass
     holder.communicate()
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_writer_that_waits_comes_after(tmp_path: Path) -> None:
+    output, came = tmp_path / "tokens", threading.Event()
+
+    def write() -> None:
+        with locked(output, wait=True):
+            came.set()
+
+    second = threading.Thread(target=write)
+    with locked(output):
+        second.start()
+        assert not came.wait(timeout=0.2)
+    second.join(timeout=60)
+    assert came.is_set() and list(tmp_path.iterdir()) == []
 
 
 def test_the_holder_of_a_run_is_named_and_a_kill_frees(tmp_path: Path) -> None:
