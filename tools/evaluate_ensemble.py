@@ -23,7 +23,7 @@ from xlmega.experts.collection import Ensemble, scorer_of
 from xlmega.experts.comparison import ROUTING, Comparison
 from xlmega.experts.ensemble import generate
 from xlmega.experts.pictures import draw_matrix
-from xlmega.experts.told import told
+from xlmega.experts.told import cluster_marks, told
 from xlmega.experts.weighing import KINDS, WeighingSettings
 from xlmega.weights.directory import DTYPES, dtype_named
 
@@ -71,7 +71,10 @@ def main() -> None:
     dtype = dtype_named(args.dtype)
     devices = [device for device in args.devices.split(",") if device]
     pool = ensemble.pool(resident=args.resident, devices=devices, dtype=dtype)
-    definition = Definition(args.definition, args.length).checked(pool.expert(0).max_positions)
+    positions = pool.expert(0).max_positions
+    if knowing and ensemble.clusterer is not None:  # a mark takes its place
+        positions -= len(cluster_marks(ensemble.vocabulary, ensemble.clusterer.num_clusters)[0])
+    definition = Definition(args.definition, args.length).checked(positions)
     languages, vocabulary = open_documents(
         args.data, ensemble.vocabulary, split=args.split, max_documents=args.max_documents
     )

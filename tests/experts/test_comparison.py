@@ -28,9 +28,11 @@ def test_rules_matrix_and_comparison(
     rules = ("--kind", "clustering,routing,bayes", "--prior", "1,3", "--matrix", "--compare", f"m0={models / 'm0'}")
     with pytest.raises(ConfigError, match="no expert was trained on"):
         run(monkeypatch, *experts, *rules, "--clusterer", models / "text2", "--output", tmp_path / "a")
-    run(monkeypatch, *experts, *rules[2:], "--clusterer", models / "text2", "--output", tmp_path / "a")
+    told = ("--told", f"knows={models / 'm1'}")
+    run(monkeypatch, *experts, *rules[2:], *told, "--clusterer", models / "text2", "--output", tmp_path / "a")
     result = json.loads((tmp_path / "a/result.json").read_text())
-    assert set(result["rows"]) == {"m0", "clustering", "expert-0", "expert-1"}
+    assert set(result["rows"]) == {"m0", "knows", "clustering", "expert-0", "expert-1"}
+    assert result["definition"]["length"] == 47  # of 48 positions one is the mark's
     assert (tmp_path / "a/matrix.png").stat().st_size > 3000
     for name, row in result["rows"].items():
         sums = [one["nats"] for one in row["languages"].values()]
@@ -60,6 +62,8 @@ def test_refusals(models: Path, made_tokens: Path, tmp_path: Path, monkeypatch: 
     experts = (models / "m0", models / "m1", "--data", made_tokens, "--output", tmp_path / "x")
     with pytest.raises(ConfigError, match="clustering weights need the clusterer"):
         run(monkeypatch, *experts, "--kind", "clustering", "--clusterer", models / "random2")
+    with pytest.raises(ConfigError, match="--told needs --clusterer"):
+        run(monkeypatch, *experts, "--kind", "uniform", "--told", f"a={models / 'm0'}")
     with pytest.raises(ConfigError, match="kind 'clusters' is not known"):
         run(monkeypatch, *experts, "--kind", "clusters")
     with pytest.raises(ConfigError, match="--prior takes numbers"):
