@@ -44,8 +44,8 @@ from striking import Fault  # noqa: E402
 
 from xlmega.training.checkpoint import damage, folder_of, list_checkpoints  # noqa: E402
 
-STEPS, SAVE_EVERY, VALIDATE_EVERY = 36, 3, 2
-SILENT, HANG = 3.0, 8.0
+STEPS, SAVE_EVERY, VALIDATE_EVERY = 45, 3, 2
+SILENT, HANG = 5.0, 12.0
 BOUND = 90.0
 """Seconds after which a rank counts as left behind."""
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ def expected(case: Case, ranks: int) -> tuple[list[set[int]], str]:
         return struck({1}, {4}), rf"rank {me}\b" if me else "cannot reach rank 0"
     if case.kind in ("version", "code"):
         what = "torch is" if case.kind == "version" else "xlmega's code is"
-        return [{4}] * ranks, rf"rank [01]\b.*{what}"
+        return [{2}] * ranks, rf"rank [01]\b.*{what}"
     if case.kind == "clock":
         return [{0}] * ranks, r"the clock is [+-]\d+ s off"
     if case.kind == "two jobs":
@@ -355,7 +355,7 @@ def last_message(told: str) -> str:
 
 def check_life(chain: Chain, case: Case, before: list[int]) -> dict[str, Any]:
     """Meet the fault; what was seen, with what is wrong of it."""
-    stop = min(STEPS, max(before, default=0) + 2 * SAVE_EVERY + 1)
+    stop = min(STEPS, max(before, default=0) + 3 * SAVE_EVERY)
     life = chain.live(case, "--stop_at", str(stop))
     allowed, pattern = expected(case, chain.ranks)
     wrong = []

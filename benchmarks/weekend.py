@@ -117,7 +117,7 @@ class Weekend:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def watch(self, seconds: float, every: float, seed: int) -> None:
+    def watch(self, seconds: float, every: float, seed: int, kinds: list[str]) -> None:
         """Strike for so long; then leave it alone until it is done."""
         generator = random.Random(seed)
         begun = time.monotonic()
@@ -125,7 +125,7 @@ class Weekend:
         down: dict[str, float] = {}
         newest = self.step()
         moved = time.monotonic()
-        names = [kind for kind, weight in KINDS.items() for _ in range(weight)]
+        names = [kind for kind, weight in KINDS.items() if kind in kinds for _ in range(weight)]
         while True:
             now = time.monotonic()
             step = self.step()
@@ -175,8 +175,17 @@ class Weekend:
         python = f"PYTHONPATH={ROOT / 'tests' / 'hook'}:{ROOT}"
         export = f"--export=ALL,PATH={path},DS_CONFIG={config},OMP_NUM_THREADS=1,{python},PACE_SECONDS={pace}"
         export += ",MAX_RESTARTS=1000"
-        told = [export, f"--output={self.log}", "--time=24:00:00", str(ROOT / "slurm" / "pretrain.sbatch"), self.run]
+        # No fake GPUs: after a node has come back, Slurm 22.05 may not know for a while that it has them.
+        told = [
+            export,
+            "--gpus-per-node=0",
+            f"--output={self.log}",
+            "--time=24:00:00",
+            str(ROOT / "slurm" / "pretrain.sbatch"),
+            self.run,
+        ]
         options = ["--recipe", recipe, "--set", f"data.root={tokens}", "--tp", "2", "--silent_seconds", "20"]
+        options += ["--rendezvous_timeout_seconds", "120"]
         self.job = str(self.cluster.submit(*told, *options))
 
 
@@ -228,6 +237,7 @@ def main() -> None:
     parser.add_argument("--step_seconds", type=float, default=1.0)
     parser.add_argument("--share", type=float, default=0.55, help="of that time, as steps: what the run's length is")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="strike with these only")
     parser.add_argument("--folder", type=Path, help="keep logs here")
     args = parser.parse_args()
     if why := slurm_cluster.missing():
@@ -244,11 +254,11 @@ def main() -> None:
         config.write_text('{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}')
         undisturbed = alone(folder, recipe, config, tokens)
         print(f"the undisturbed run of {steps} steps is done", flush=True)
-        cluster = stack.enter_context(slurm_cluster.cluster())
+        cluster = stack.enter_context(slurm_cluster.cluster(gpus=0))
         weekend = Weekend(cluster, folder / "run", folder / "run.log")
         begun = time.monotonic()
         weekend.submit(recipe, config, tokens, args.step_seconds)
-        weekend.watch(args.minutes * 60, args.every, args.seed)
+        weekend.watch(args.minutes * 60, args.every, args.seed, args.kinds)
         wall = time.monotonic() - begun
         base.check(weekend._state() == "COMPLETED", weekend.log.read_text(errors="replace")[-3000:])
         report(weekend, steps, args.step_seconds, wall, undisturbed)

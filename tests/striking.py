@@ -314,6 +314,13 @@ def _waits(fault: Fault) -> None:
     at(fault.moment, fault.nth, wait)
 
 
+def _slow(fault: Fault) -> None:
+    """Every training step takes 0.2 s longer."""
+    from xlmega.training.engine import Engine
+
+    _before(Engine, "forward_backward", lambda: time.sleep(0.2))
+
+
 PREPARED: dict[str, Callable[[Fault], None]] = {
     "never starts": _never_starts,
     "loader error": _loader_error,
@@ -326,6 +333,7 @@ PREPARED: dict[str, Callable[[Fault], None]] = {
     "version": _other_version,
     "code": _other_code,
     "waits": _waits,
+    "slow": _slow,
 }
 
 

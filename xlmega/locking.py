@@ -45,11 +45,21 @@ def locked(output: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Hold the lock of a `run` directory, made if it is not there, or raise a CheckpointError that says who has it."""
-    path = run / LOCK_NAME
+def held(run: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a `run` directory, made if it is not there, or raise a CheckpointError that says who has it.
+
+    It is asked for again for so many seconds: whoever has it may be about to end.
+    """
+    path, deadline = run / LOCK_NAME, time.monotonic() + wait_seconds
     try:
-        lock = _Lock(path, passing=False)
+        while True:
+            try:
+                lock = _Lock(path, passing=False)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.5)
     except BlockingIOError:
         pid, host, since = _holder(path)
         by = f"process {pid} on {host}, since {since}" if pid else "another process"

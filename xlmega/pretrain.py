@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ import torch
 from xlmega import __version__
 from xlmega.errors import ConfigError, DataError, XlmegaError, run_main
 from xlmega.parallel import groups
-from xlmega.parallel.layout import choose
+from xlmega.parallel.layout import choose, fitting
 from xlmega.parallel.preflight import preflight
 from xlmega.training.checkpoint import list_checkpoints, newest, restore
 from xlmega.training.history import Recorded
 from xlmega.training.metrics import check_trackers
 from xlmega.training.outline import summary, warnings
-from xlmega.training.recipe import read_recipe
+from xlmega.training.recipe import Recipe, read_recipe
 from xlmega.training.run import (
     Run,
     check_output,
@@ -33,7 +34,7 @@ from xlmega.training.run import (
     occupy,
     resolve,
 )
-from xlmega.training.runtime import read_runtime
+from xlmega.training.runtime import Runtime, read_runtime
 from xlmega.training.spikes import Guard
 from xlmega.training.supervision import SupervisionSettings, Supervisor
 
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
     how.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
     how.add_argument("--virtual_stages", type=int, default=1, help="model chunks per pipeline rank (interleaved)")
     how.add_argument("--sequence_parallel", action="store_true")
+    how.add_argument("--elastic", action="store_true", help="leave ranks idle that cannot share the batch evenly")
     how.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     how.add_argument("--rendezvous_timeout_seconds", type=float, default=600.0, help="how long ranks await each other")
     how.add_argument("--master_port", type=int, help="where ranks meet; launchers have their own option")
@@ -67,6 +69,7 @@ def arguments() -> argparse.Namespace:
     watch.add_argument(
         "--check_replicas_every_steps", type=int, default=0, metavar="N", help="exit code 7 on a difference"
     )
+    watch.add_argument("--straggler_seconds", type=float, default=60.0, help="how often slow ranks are looked for")
     watch.add_argument("--prometheus", action="store_true", help="keep the run's metrics.prom for a monitor")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     return parser.parse_args()
@@ -83,6 +86,11 @@ def main() -> None:
     world_size = process.world_size
     if args.dry_run:
         world_size = max(world_size, args.tp * args.pp) if args.world_size is None else args.world_size
+    recipe, runtime = read_recipe(args.recipe, args.set), read_runtime(args.ds_config)
+    if args.elastic:
+        process, world_size = shrunk(args, process, world_size, recipe, runtime)
+        if process.rank >= world_size:
+            return  # the others go on without it
     layout = choose(
         world_size,
         tp=args.tp,
@@ -91,8 +99,8 @@ def main() -> None:
         sequence_parallel=args.sequence_parallel,
     )
     run = resolve(
-        read_recipe(args.recipe, args.set),
-        read_runtime(args.ds_config),
+        recipe,
+        runtime,
         layout,
         args.output,
         recompute=args.recompute,
@@ -112,14 +120,36 @@ def main() -> None:
             flush=True,
         )
     settings = SupervisionSettings(
-        args.hang_timeout_seconds, args.silent_seconds, args.check_replicas_every_steps, args.prometheus
+        args.hang_timeout_seconds,
+        args.silent_seconds,
+        args.check_replicas_every_steps,
+        args.prometheus,
+        args.straggler_seconds,
     )
     with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
-        store = groups.meeting_store(process, "supervision", timeout_seconds=args.silent_seconds)
+        store = groups.meeting_store(process, "supervision")
         with contextlib.ExitStack() as held:
             watch = held.enter_context(Supervisor(settings, store, run.output, process))
             check_ranks(run, groups.meeting_store(process, "preflight"), device)
             execute(run, recorded, process, device, args, watch, held)
+
+
+def shrunk(
+    args: argparse.Namespace, process: groups.Process, world_size: int, recipe: Recipe, runtime: Runtime
+) -> tuple[groups.Process, int]:
+    """This process and the number of ranks that train, of those that the launcher gave; rank 0 says how many idle."""
+    fits = fitting(
+        world_size,
+        tp=args.tp,
+        pp=args.pp,
+        virtual_stages=args.virtual_stages,
+        micro_batch_windows=runtime.micro_batch_windows,
+        batches=recipe.training.batch.values,
+    )
+    if fits < world_size and process.rank == 0:
+        words = f"{fits} of {world_size} ranks train (dp={fits // (args.tp * args.pp)}); the others end now"
+        print(f"note: --elastic: {words}", flush=True)
+    return replace(process, world_size=fits), fits
 
 
 def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from xlmega.errors import LayoutError
-from xlmega.parallel.layout import Layout, check_interleaving, choose, divisors, spell
+from xlmega.parallel.layout import Layout, check_interleaving, choose, divisors, fitting, spell
 
 
 def test_what_is_left_is_data_parallel() -> None:
@@ -88,3 +88,16 @@ def test_interleaving_needs_rounds_of_micro_batches() -> None:
 def test_divisors_in_words() -> None:
     assert divisors(12) == [1, 2, 3, 4, 6, 12] and divisors(1) == [1]
     assert spell([1, 2]) == "1, 2" and spell([]) == "none here"
+
+
+def test_elastic_takes_the_most_ranks_that_share_every_batch() -> None:
+    how = {"tp": 2, "pp": 1, "virtual_stages": 1, "micro_batch_windows": 2}
+    assert fitting(8, **how, batches=[16]) == 8
+    assert fitting(6, **how, batches=[16]) == 4  # dp=3 does not divide 8 micro-batches
+    assert fitting(7, **how, batches=[12]) == 6
+    assert fitting(8, **how, batches=[4, 16]) == 4  # of every stage
+    assert fitting(8, **{**how, "pp": 2, "virtual_stages": 2}, batches=[12]) == 4  # dp=2: 3 micro-batches over 2 stages
+    with pytest.raises(
+        LayoutError, match=r"--elastic: of 1 ranks no number shares batches of 16 .* so 2 are the least"
+    ):
+        fitting(1, **how, batches=[16])

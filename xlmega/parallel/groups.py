@@ -255,8 +255,9 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
 def meeting_store(process: Process, name: str, *, timeout_seconds: float = 60.0) -> dist.Store:
     """Another connection to the store in which the ranks met, with keys of its own; for threads and for checks."""
     try:
-        _await_listener(process, time.monotonic() + min(5.0, timeout_seconds))  # it was there a moment ago
-        store = _open_store(process, timeout_seconds)
+        _await_listener(process, time.monotonic() + 5.0)  # it was there a moment ago
+        store = _open_store(process, 10.0)
+        store.set_timeout(timedelta(seconds=timeout_seconds))
     except (dist.DistError, OSError):
         raise LostRankError(
             f"rank 0 at {process.master_addr}:{process.master_port} was there and is gone: rank {process.rank} cannot "

@@ -7,6 +7,7 @@ Ranks are ordered tensor-parallel first, then data-parallel, then pipeline (Mega
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xlmega.errors import LayoutError
@@ -56,6 +57,24 @@ def choose(
     if sequence_parallel and tp == 1:
         raise LayoutError("sequence_parallel splits activations over tensor-parallel ranks, but tp=1. Drop it.")
     return Layout(tp, pp, world_size // (tp * pp), virtual_stages, sequence_parallel)
+
+
+def fitting(
+    world_size: int, *, tp: int, pp: int, virtual_stages: int, micro_batch_windows: int, batches: Iterable[int]
+) -> int:
+    """The most of `world_size` ranks that can share every one of these batch sizes evenly, tp and pp as they are.
+
+    What a job that gets other nodes than before trains on: the batch, and with it the loss curve, stays.
+    """
+    sizes = sorted(set(batches))
+    for dp in range(world_size // (tp * pp), 0, -1):
+        counts = [divmod(size, dp * micro_batch_windows) for size in sizes]
+        if all(left == 0 and (virtual_stages == 1 or count % pp == 0) for count, left in counts):
+            return tp * pp * dp
+    raise LayoutError(
+        f"--elastic: of {world_size} ranks no number shares batches of {spell(sizes)} windows in micro-batches of "
+        f"{micro_batch_windows} with tp={tp} x pp={pp}. tp and pp stay as given, so {tp * pp} are the least."
+    )
 
 
 def _nearest_sizes(world_size: int, tp: int, pp: int) -> str:

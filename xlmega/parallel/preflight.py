@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xlmega.errors import RendezvousError
+from xlmega.errors import ConfigError, RendezvousError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLOCK_SKEW_SECONDS = 5.0
@@ -74,6 +74,7 @@ def preflight(
     if verdict["problems"]:
         error = RendezvousError("\n  ".join(["these ranks cannot train together:", *verdict["problems"]]))
         error.of_one_rank = False
+        error.exit_code = ConfigError.exit_code  # starting again would not help
         raise error
     return list(verdict["remarks"])
 

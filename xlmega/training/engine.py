@@ -20,6 +20,7 @@ import io
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,6 +147,8 @@ class Engine:
         self.is_last_stage = any(stage.post_process for stage in self.stages)
         self._engine = self._initialise(deepspeed, settings)
         self._nll: list[tuple[int, torch.Tensor]] = []
+        self.waited_seconds = 0.0
+        """How long this rank waited for the others in the newest pass, at the sums that all take part in."""
         self._stepped = False  # whether Adam's state exists everywhere
         self._limit = self._norm = math.inf  # the largest gradient norm of an update, and the newest norm
         self._have_norm_limited()
@@ -182,12 +185,15 @@ class Engine:
         """
         self._train(True)
         targets = torch.tensor(float(batch.weights.sum(dtype="float64")), dtype=torch.float64)
+        begun = time.monotonic()
         dist.all_reduce(targets, group=parallel_state.get_data_parallel_group())
+        waited = time.monotonic() - begun  # for those that were late with their data, or with the step before
         # Gradients are averaged over data-parallel ranks, and the loss is a mean over all of them.
         unit = self.layout.dp / max(targets.item(), 1.0)
         served = np.zeros(max(1, len(self._languages)))
         served[0] = batch.served
         report = self._pass(batch, unit, train=True, extra=served, wish=wish)
+        self.waited_seconds += waited
         if strict and not math.isfinite(report.loss):
             raise NumericsError(
                 f"the loss of step {step} is {report.loss}. {self.name(batch, report)} No weight changed."
@@ -387,7 +393,9 @@ class Engine:
                 nll_B = torch.where(weights_BL > 0, nll_BL.cpu().double() * weights_BL, 0.0).sum(1)
                 sums[0].index_add_(0, where, nll_B)
                 sums[1].index_add_(0, where, weights_BL.sum(1))
+        begun = time.monotonic()
         dist.all_reduce(sums)
+        self.waited_seconds = time.monotonic() - begun
         nll, targets, extras, wishes = (tuple(row) for row in sums.tolist())
         return Report(nll, targets, extras, round(wishes[0]))
 

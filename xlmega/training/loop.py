@@ -64,7 +64,9 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, wa
         record = _record(run, engine, batch, report, norm, skipped, rate.at(step), started, done) if metrics else None
         if metrics and record:
             metrics.step(done, record, bad)
-        watch.done(done, engine, record)
+        slow = watch.done(done, engine, record)
+        if slow and metrics:
+            metrics.say(slow)
         last, stopping = done == run.stop_at, report.wishes > 0
         figures = {}
         if last or (plan.validate_every_steps and done % plan.validate_every_steps == 0):

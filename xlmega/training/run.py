@@ -278,6 +278,10 @@ _BEGINNINGS = {
 }  # fmt: skip
 
 
+_ORPHAN_SECONDS = 240.0
+"""In which ranks that lost the others have ended: their watchdogs see to it."""
+
+
 def check_output(run: Run, *, resume: bool) -> Recorded | None:
     """Refuse a run directory that is occupied, unwritable or of another run; nothing is created.
 
@@ -321,7 +325,7 @@ def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool, recorded: Rec
     problem = ""
     if dist.get_rank() == 0:
         try:
-            stack.enter_context(held(run.output))
+            stack.enter_context(held(run.output, wait_seconds=_ORPHAN_SECONDS if _is_requeued() else 0.0))
             if check_output(run, resume=resume) != recorded:  # another run may have come in between
                 problem = f"'{run.output}' was changed by another run just now. Start again with --resume."
         except XlmegaError as error:
@@ -329,6 +333,11 @@ def occupy(run: Run, stack: contextlib.ExitStack, *, resume: bool, recorded: Rec
     told = words_of_all(problem)[0]
     if told:
         raise CheckpointError(told)
+
+
+def _is_requeued() -> bool:
+    """Whether Slurm started this job again: ranks of the time before may live on a node that was cut off."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def create_output(run: Run) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from xlmega.errors import ConfigError
 from xlmega.parallel.groups import Process
 from xlmega.training.stopping import StopRequest
+from xlmega.training.stragglers import in_words
 from xlmega.training.watchdog import STEP, Store, Watchdog
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class SupervisionSettings:
     check_replicas_every_steps: int = 0
     """Compare the parameters that ranks hold in common; 0: never."""
     prometheus: bool = False
+    straggler_seconds: float = 60.0
+    """How often is looked for a rank that the others wait for; 0: never."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.hang_timeout_seconds < 1e8 or not 1.0 <= self.silent_seconds < 1e8:
@@ -46,6 +49,8 @@ class SupervisionSettings:
                 f"--hang_timeout_seconds {self.hang_timeout_seconds} and --silent_seconds {self.silent_seconds} are "
                 "seconds to wait: the first 0 (no watch) or more, the second at least 1."
             )
+        if not 0.0 <= self.straggler_seconds < 1e8:
+            raise ConfigError(f"--straggler_seconds {self.straggler_seconds} is not a time; 0 never looks.")
         if self.check_replicas_every_steps < 0:
             raise ConfigError(
                 f"--check_replicas_every_steps {self.check_replicas_every_steps} is negative; 0 never compares."
@@ -78,7 +83,7 @@ class Supervisor:
             if settings.hang_timeout_seconds
             else None
         )
-        self._wrote = float("-inf")
+        self._wrote, self._compared = float("-inf"), time.monotonic()
         self._stack = ExitStack()
 
     def __enter__(self) -> Supervisor:
@@ -99,8 +104,13 @@ class Supervisor:
         """The main thread begins the forward and backward pass of `step`."""
         self.begins(step, STEP)
 
-    def done(self, step: int, engine: Engine, record: Mapping[str, Any] | None) -> None:
-        """`step` updates are done; `record` is what metrics told of the last (rank 0's)."""
+    def done(self, step: int, engine: Engine, record: Mapping[str, Any] | None) -> str:
+        """`step` updates are done; `record` is what metrics told of the last (rank 0's).
+
+        What rank 0 has to say of slow ranks, now and then; '' for nothing.
+        """
+        if self._dog:
+            self._dog.waits(engine.waited_seconds)
         every = self.settings.check_replicas_every_steps
         if every and step % every == 0:
             from xlmega.training.replicas import check_replicas  # megatron-core: the supervisor's tests do without
@@ -111,6 +121,12 @@ class Supervisor:
             self._wrote = time.monotonic()
             with suppress(OSError):  # a full disk is the checkpoint's to tell
                 self._tell(step, record)
+        every_seconds = self.settings.straggler_seconds
+        if not self._dog or not self._speaker or not every_seconds or time.monotonic() - self._compared < every_seconds:
+            return ""
+        self._compared = time.monotonic()
+        waits, hosts, seconds = self._dog.waits_of_all()
+        return in_words(waits, seconds, engine.layout, hosts) if len(waits) == engine.layout.world_size else ""
 
     def _tell(self, step: int, record: Mapping[str, Any]) -> None:
         figures = {key: value for key, value in record.items() if isinstance(value, (int, float)) and isfinite(value)}

@@ -41,6 +41,8 @@ _OF_A_PEER = ("Connection closed by peer", "Connection reset", "Broken pipe", "N
 """What gloo and NCCL say when another rank has ended."""
 _GRACE_SECONDS = 5.0
 """How long a rank whose main thread is already ending may take to do so by itself."""
+_READ = "read"
+"""How many ranks have read the verdict."""
 
 
 class Store(Protocol):
@@ -78,9 +80,11 @@ class Watchdog:
         self._timeout, self._factor, self._least = timeout_seconds, step_factor, least_step_seconds
         self._silent, self._interval = silent_seconds, interval_seconds
         self._seconds: deque[float] = deque(maxlen=64)
+        self._waits: deque[float] = deque(maxlen=16)
         self._beat: tuple[float, int, str] = (time.monotonic(), 0, "start")
         self._count = 0
         self._closing = threading.Event()
+        self._verdict: dict[str, Any] | None = None
         self._asks_since = 0.0
         """When the question began that the store has not answered yet; 0: none is open."""
         self._thread = threading.Thread(target=self._watch, name="xlmega-watchdog", daemon=True)
@@ -101,6 +105,7 @@ class Watchdog:
                 if not _is_a_peers(error):
                     words = f"ended with {type(error).__name__}: {str(error)[:500]}"
                     self._tell(words, [self._rank], LostRankError.exit_code)
+                    self._await_readers()
                     return
                 verdict = self._who_left()
         finally:
@@ -115,6 +120,19 @@ class Watchdog:
         if was == STEP:
             self._seconds.append(now - before)
         self._beat = (now, step, doing)
+
+    def waits(self, seconds: float) -> None:
+        """So long this rank waited for the others in the step that is done."""
+        self._waits.append(seconds)
+
+    def waits_of_all(self) -> tuple[dict[int, float], dict[int, str], float]:
+        """(median wait in a step of each rank that told, its host, the median step), from the newest beats."""
+        with suppress(RuntimeError), self._asking():
+            told = {rank: one for rank, one in self._beats().items() if one.get("waits") is not None}
+            steps = [float(one["step_seconds"]) for one in told.values()]
+            waits, hosts = ({rank: one[key] for rank, one in told.items()} for key in ("waits", "host"))
+            return waits, hosts, statistics.median(steps) if steps else 0.0
+        return {}, {}, 0.0
 
     def limit(self) -> float:
         """Seconds that what the main thread is doing may take."""
@@ -161,7 +179,7 @@ class Watchdog:
                 with self._asking():
                     self._publish()
                     if self._store.check([_VERDICT]):
-                        verdict = json.loads(self._store.get(_VERDICT))
+                        verdict = self._read()
                         break
                     if neighbour != self._rank:
                         told = self._store.get(f"beat/{neighbour}") if self._store.check([f"beat/{neighbour}"]) else b""
@@ -191,13 +209,30 @@ class Watchdog:
             while time.monotonic() < deadline:
                 self._asks_since = time.monotonic()  # the last answer came
                 if self._store.check([_VERDICT]):
-                    return dict(json.loads(self._store.get(_VERDICT)))
+                    return self._read()
                 time.sleep(0.1)
             after = self._beats()
             silent = [rank for rank in range(self._world_size) if after.get(rank) == before.get(rank)]
             self._tell("left the run without a word", silent, LostRankError.exit_code)
-            return dict(json.loads(self._store.get(_VERDICT)))
-        return {"words": "keeps the store of the run and is gone", "ranks": [0], "where": ""}
+            return self._read()
+        return self._verdict or {"words": "keeps the store of the run and is gone", "ranks": [0], "where": ""}
+
+    def _read(self) -> dict[str, Any]:
+        """The verdict, which is there; kept, since its store may go before it is needed."""
+        if self._verdict is None:
+            self._verdict = dict(json.loads(self._store.get(_VERDICT)))
+            self._store.add(_READ, 1)
+        return self._verdict
+
+    def _await_readers(self) -> None:
+        """The rank that keeps the store ends last: once the others know why, or have had the time to."""
+        deadline = time.monotonic() + 2 * self._interval + 1.0
+        with suppress(RuntimeError):
+            while self._rank == 0 and time.monotonic() < deadline:
+                self._asks_since = time.monotonic()
+                if self._store.add(_READ, 0) >= self._world_size - 1:
+                    return
+                time.sleep(0.05)
 
     def _beats(self) -> dict[int, dict[str, Any]]:
         """The newest beat of every rank that has one."""
@@ -210,7 +245,14 @@ class Watchdog:
     def _publish(self) -> None:
         self._count += 1
         started, step, doing = self._beat
-        told = {"count": self._count, "step": step, "doing": doing, "for": round(time.monotonic() - started, 1)}
+        told: dict[str, Any] = {
+            "count": self._count,
+            "step": step,
+            "doing": doing,
+            "for": round(time.monotonic() - started, 1),
+        }
+        if len(self._waits) == self._waits.maxlen and self._seconds:
+            told["waits"], told["step_seconds"] = statistics.median(self._waits), statistics.median(self._seconds)
         self._store.set(f"beat/{self._rank}", json.dumps({**told, "host": self._host}))
 
     def _behind(self) -> list[int]:
@@ -243,6 +285,8 @@ class Watchdog:
             faulthandler.dump_traceback(file=file, all_threads=True)
         if self._closing.wait(_GRACE_SECONDS):
             return
+        if ask:
+            self._await_readers()
         if not ask or self._speaks():
             kind = HangError if verdict["code"] == HangError.exit_code else LostRankError
             stacks = f"Stacks of the ranks are in '{self._folder}'."
