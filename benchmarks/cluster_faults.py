@@ -462,9 +462,8 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="JSONL that results are appended to")
-    parser.add_argument(
-        "--only", default="", metavar="WORDS", help="cases whose name has these words, as in tp2/SIGKILL"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name has one of these, as in tp2/SIGKILL")
+    parser.add_argument("--slurm", action="store_true", help="node crashes and network cuts on a real Slurm instead")
     parser.add_argument("--count", type=int, default=0, help="at most so many")
     parser.add_argument("--parallel", type=int, default=1, help="chains at a time: a fault is mostly waiting")
     parser.add_argument("--chain", type=int, default=4, help="faults of one run")
@@ -475,8 +474,12 @@ def main() -> int:
     if args.table:
         print(table(read(args.results)))
         return 0
+    if args.slurm:
+        import cluster_faults_slurm
+
+        return cluster_faults_slurm.main(args)
     done = {one["key"] for one in read(args.results) if not (args.again and one["wrong"])}
-    todo = [case for case in cases() if case.key not in done and args.only in case.key]
+    todo = [case for case in cases() if case.key not in done and any(words in case.key for words in args.only)]
     todo = todo[: args.count or None]
     print(f"{len(todo)} faults to inject, {len(done)} done before", flush=True)
     forked.warm_up()
