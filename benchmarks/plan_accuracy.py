@@ -46,7 +46,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"name": "tp2 pp2, ZeRO-1, bf16", "ranks": 4, "tp": 2, "pp": 2, "precision": "bf16", "micro": 4},
     {"name": "tp2 dp2, ZeRO-1, fp32, recompute full", "ranks": 4, "tp": 2, "micro": 8, "recompute": "full"},
 ]
-STEPS = 5
+STEPS = 3
 RECIPE = f"""
 [model]
 preset = "xglm_tiny"
@@ -97,6 +97,15 @@ def watch_memory(folder: Path) -> Any:
             note("applied")
             return found
 
+        evaluate, write = Engine.evaluate, Engine.write_state
+
+        def evaluated(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            note("before validation")
+            found = evaluate(self, *arguments, **keywords)
+            note("validated")
+            return found
+
+        Engine.evaluate = evaluated  # type: ignore[method-assign]
         Engine.__init__, Engine.forward_backward, Engine.apply = built, stepped, applied  # type: ignore[method-assign]
 
     return prepare

@@ -72,6 +72,10 @@ def preflight(
         store.set("preflight/verdict", json.dumps(verdict))
     verdict = json.loads(store.get("preflight/verdict"))
     if verdict["problems"]:
+        store.add("preflight/read", 1)
+        deadline = time.monotonic() + 10.0
+        while rank == 0 and store.add("preflight/read", 0) < size and time.monotonic() < deadline:
+            time.sleep(0.02)  # the store is here, and goes with this process
         error = RendezvousError("\n  ".join(["these ranks cannot train together:", *verdict["problems"]]))
         error.of_one_rank = False
         error.exit_code = ConfigError.exit_code  # starting again would not help

@@ -280,7 +280,8 @@ class Engine:
     def evaluate(self, batch: Batch, *, num_languages: int, extra: npt.NDArray[np.float64] | None = None) -> Report:
         """Negative log-likelihoods without gradients; `extra` [num_languages] is summed over data-parallel ranks."""
         self._train(False)
-        return self._pass(batch, 0.0, train=False, num_languages=num_languages, extra=extra)
+        with torch.no_grad():  # or it would hold all that a training step without recomputation holds
+            return self._pass(batch, 0.0, train=False, num_languages=num_languages, extra=extra)
 
     @property
     def loss_scale(self) -> float:

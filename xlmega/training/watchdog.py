@@ -260,8 +260,13 @@ class Watchdog:
         places: dict[tuple[int, str], list[int]] = {}
         for rank, told in self._beats().items():
             places.setdefault((told["step"], told["doing"]), []).append(rank)
-        most = max(places.values(), key=len, default=[])
-        return sorted(rank for ranks in places.values() if ranks is not most for rank in ranks)
+
+        def standing(place: tuple[int, str]) -> tuple[int, int, bool]:
+            """Of as many here as there, those who are further wait; nobody waits for others at his own data."""
+            return len(places[place]), place[0], place[1] != "data"
+
+        most = max(places, key=standing, default=None)
+        return sorted(rank for place, ranks in places.items() if place != most for rank in ranks)
 
     def _tell(self, words: str, ranks: list[int], code: int) -> None:
         """Put a verdict where all ranks will read it, unless there is one."""

@@ -1,0 +1,351 @@
+"""What a run will need: memory of the fullest rank by part, seconds of a step by part, days and cost to the last token.
+
+In come a model, a layout, how it is executed (DeepSpeed file, micro-batches, recomputation) and a Cluster; out go
+figures. All of it is arithmetic on shapes: nothing is allocated, and a plan for thousands of devices costs what one for
+a laptop does. It rests on the cluster's description; `tools/plan_run.py --calibrate` measures on the device at hand
+what can be measured there.
+
+Memory counts what is alive at the fullest moment, which is the start of the last micro-batch's backward pass. Seconds
+add up what does not overlap: a device computes at `matmul_share` of its peak, tensor-parallel sums and ZeRO's gathers
+wait for the links, a pipeline of p stages and m micro-batches idles (p - 1) / (v m + p - 1) of the time, and gradients
+are reduced after the last micro-batch.
+Sources: Narayanan et al. (arXiv:2104.04473 §2.2, §3.2), Korthikanti et al. (arXiv:2205.05198 §4), Rajbhandari et al.
+(arXiv:1910.02054 §5, §7), Daly (doi:10.1016/j.future.2004.11.016) for the interval between checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from xlmega.errors import LayoutError
+from xlmega.models.config import ModelConfig, check_layout
+from xlmega.models.decoder import shard_axis
+from xlmega.parallel.layout import Layout, divisors
+from xlmega.training.runtime import Runtime, check_pair
+
+RECOMPUTE = ("none", "selective", "full")
+LOGITS_BYTES = 128 * 2**20
+"""Most that the loss holds of logits at a time (models.head)."""
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a plan rests on; every figure is of one device where nothing else is said."""
+
+    nodes: int = 1
+    devices_per_node: int = 1
+    memory_gib: float = 80.0
+    reserved_gib: float = 2.0
+    """Taken by the process before there is a model: the driver's context, libraries, allocator slack."""
+    peak_tflops: dict[str, float] = field(default_factory=lambda: {"bf16": 989.0, "fp16": 989.0, "fp32": 60.0})
+    """Dense products, by precision."""
+    matmul_share: float = 0.45
+    """Of the peak that a whole layer reaches, norms and attention included."""
+    node_gb_per_second: float = 300.0
+    """Between devices of a node, in each direction."""
+    network_gb_per_second: float = 40.0
+    """Between nodes, for each device."""
+    latency_seconds: float = 2e-5
+    """Of one exchange between all ranks of a group."""
+    memory_gb_per_second: float = 2000.0
+    """For what the optimizer reads and writes."""
+    disk_gb_per_second: float = 2.0
+    """To the run's directory, from all ranks together."""
+    price_per_device_hour: float = 0.0
+    device_hours_between_failures: float = 50_000.0
+    """Llama 3 (arXiv:2407.21783 §3.3.4): 466 interruptions of 16,384 devices in 54 days."""
+    restart_seconds: float = 300.0
+    """From a failure to the next step."""
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    def problems(self) -> Iterator[str]:
+        for name, value in vars(self).items():
+            values = value.values() if isinstance(value, dict) else [value]
+            may_be_zero = name in ("price_per_device_hour", "latency_seconds", "reserved_gib", "restart_seconds")
+            if any(one < 0 or (one == 0 and not may_be_zero) for one in values):
+                yield f"{name} must be positive, but is {value}."
+        if not 0 < self.matmul_share <= 1:
+            yield f"matmul_share is a share of the peak, from 0 to 1, but is {self.matmul_share}."
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to run a model."""
+
+    model: ModelConfig
+    layout: Layout
+    runtime: Runtime
+    batch_windows: int
+    """Of a step, over all ranks."""
+    sequence_length: int
+    recompute: str = "none"
+
+    @property
+    def micro_batches(self) -> int:
+        return self.batch_windows // (self.layout.dp * self.runtime.micro_batch_windows)
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.runtime.micro_batch_windows * self.sequence_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight or activation."""
+        return 4 if self.runtime.precision == "fp32" else 2
+
+    def describe(self) -> str:
+        how = f"{self.layout.describe()}, {self.runtime.describe()}, {self.micro_batches} micro-batches of"
+        return f"{how} {self.runtime.micro_batch_windows} windows, recompute {self.recompute}"
+
+
+# -------------------------------------------------------------------- memory
+
+
+def held_parameters(model: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """(parameters of the fullest rank, of them in the layers): a stage with the embedding, or the only one."""
+
+    def of_rank(shapes: dict[str, tuple[int, ...]]) -> float:
+        return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
+
+    layers = -(-model.num_layers // layout.pp) * of_rank(model.layer_shapes())
+    words = model.vocab_size * model.hidden_size / layout.tp
+    ends = words * (1 if model.tied or layout.pp > 1 else 2) + of_rank(model.sense_shapes())
+    ends += model.max_positions * model.hidden_size if model.positions == "learned" else 0
+    return layers + ends, layers
+
+
+def kept_values(model: ModelConfig, layout: Layout, recompute: str) -> float:
+    """Values that a layer keeps of each token for its backward pass.
+
+    Of attention: its input, the normed input, queries, keys, values and their mix. Of the MLP: the same two and the
+    inner width before and after the activation (thrice where it is gated).
+    """
+    d, inner = model.hidden_size, (3 if model.gated_mlp else 2) * model.ffn_hidden_size
+    between = d / layout.tp if layout.sequence_parallel else d
+    if recompute == "full":
+        return between
+    attention = 2 * between + (model.qkv_width + model.attention_width) / layout.tp
+    return attention + (between if recompute == "selective" else 2 * between + inner / layout.tp)
+
+
+def memory(job: Job) -> dict[str, float]:
+    """Bytes of the fullest rank at its fullest moment, by part, beside what the process takes without a model."""
+    model, layout, runtime, width = job.model, job.layout, job.runtime, job.width
+    stage, tokens = runtime.zero_stage, job.micro_tokens
+    held, in_layers = held_parameters(model, layout)
+    shared = layout.dp if stage else 1
+    layers = -(-model.num_layers // layout.pp)
+    in_flight = min(layout.pp, job.micro_batches)
+    if layout.virtual_stages > 1:  # the interleaved schedule keeps more chunks of fewer layers (2104.04473 §2.2)
+        in_flight += (layout.pp - 1) / layout.virtual_stages
+    words = model.vocab_size * model.hidden_size / layout.tp
+    layer = in_layers / layers
+    kept = in_flight * layers * kept_values(model, layout, job.recompute)
+    working = 0.0 if job.recompute == "none" else kept_values(model, layout, "none")  # one layer, computed again
+    senses = model.num_senses * model.hidden_size / layout.tp * (tokens + job.sequence_length) * (width + 4)
+    return {
+        "weights": held * width / (layout.dp if stage == 3 else 1),
+        "master weights": 0.0 if stage == 0 else held * 4 / shared,
+        "gradients": _gradient_bytes(job, held),
+        "moments": held * 8 / shared,
+        "activations": tokens * width * (kept + working + _passing(job)) + senses,
+        "logits": min(LOGITS_BYTES, tokens * model.vocab_size / layout.tp * width) + words * width,
+        "buffers": _buffer_bytes(job, held, layer),
+    }
+
+
+def _passing(job: Job) -> float:
+    """Values of a token that the backward pass of one layer works with besides what was kept."""
+    model, layout = job.model, job.layout
+    return 2 * model.hidden_size + model.ffn_hidden_size / layout.tp
+
+
+def _gradient_bytes(job: Job, held: float) -> float:
+    """Gradients as they are summed up: in fp32; from stage 2 on each rank keeps its share."""
+    return held * 4 / (job.layout.dp if job.runtime.zero_stage >= 2 else 1)
+
+
+def _buffer_bytes(job: Job, held: float, layer: float) -> float:
+    """What ZeRO puts gradients and parameters into on their way."""
+    return 0.0
+
+
+# -------------------------------------------------------------------- seconds
+
+
+def step_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
+    """Seconds of a step, by part; they add up."""
+    model, layout, runtime = job.model, job.layout, job.runtime
+    tokens = job.batch_windows * job.sequence_length
+    flops = model.flops_per_token(job.sequence_length) * tokens / layout.world_size
+    mlp = 3 if model.gated_mlp else 2
+    inner = mlp * model.ffn_hidden_size * model.hidden_size
+    whole = inner + model.hidden_size * (model.qkv_width + model.attention_width)
+    in_layers = 1 - 6.0 * model.vocab_size * model.hidden_size / model.flops_per_token(job.sequence_length)
+    again = {"none": 0.0, "selective": in_layers / 3 * inner / whole, "full": in_layers / 3}[job.recompute]
+    rate = cluster.peak_tflops.get(runtime.precision, cluster.peak_tflops["bf16"]) * 1e12 * cluster.matmul_share
+    compute, recompute = flops / rate, again * flops / rate
+    held, _ = held_parameters(model, layout)
+    layers, micro = -(-model.num_layers // layout.pp), job.micro_batches
+    block = job.micro_tokens * model.hidden_size * job.width
+    near, far = layout.tp <= cluster.devices_per_node, layout.world_size > cluster.devices_per_node
+    tp_link, dp_link = (
+        1e9 * (cluster.network_gb_per_second if over else cluster.node_gb_per_second) for over in (not near, far)
+    )
+    # A layer sums its two outputs forward and its two inputs backward; a recomputed one forward once more.
+    sums = (4 + {"none": 0, "selective": 1, "full": 2}[job.recompute]) * layers * micro if layout.tp > 1 else 0
+    tp_seconds = sums * (_ring(block, layout.tp) / tp_link + cluster.latency_seconds)
+    bubble = (layout.pp - 1) / (layout.virtual_stages * micro) if layout.pp > 1 else 0.0
+    hops = 2 * (micro + layout.pp - 1) * layout.virtual_stages if layout.pp > 1 else 0
+    pp_seconds = hops * (block / dp_link + cluster.latency_seconds)
+    reduced = held * (4 if runtime.zero_stage < 2 else job.width) * (1 if runtime.zero_stage < 2 else micro)
+    dp_seconds = _ring(reduced, layout.dp) / dp_link / (2 if runtime.zero_stage >= 2 else 1)
+    times = {0: 0, 1: 1, 2: 1}.get(runtime.zero_stage, 2 * micro + (micro if job.recompute == "full" else 0))
+    zero = _ring(held * job.width, layout.dp) / 2 * times / dp_link
+    zero += times * layers * cluster.latency_seconds if runtime.zero_stage == 3 and layout.dp > 1 else 0.0
+    owned = held / (layout.dp if runtime.zero_stage else 1)
+    return {
+        "compute": compute,
+        "recomputation": recompute,
+        "tensor parallel": tp_seconds,
+        "pipeline bubble": bubble * (compute + recompute + tp_seconds),
+        "pipeline transfers": pp_seconds,
+        "gradient reduction": dp_seconds,
+        "ZeRO gathers": zero,
+        "optimizer": owned * 28 / (cluster.memory_gb_per_second * 1e9),  # fp32: read 4 values, write 3
+    }
+
+
+def _ring(size: float, ranks: int) -> float:
+    """Bytes that each rank sends to sum `size` bytes over all of them."""
+    return 2 * size * (ranks - 1) / ranks
+
+
+# -------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job with its figures."""
+
+    job: Job
+    memory: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.job.batch_windows * self.job.sequence_length / self.step
+
+
+def plan(job: Job, cluster: Cluster) -> Plan:
+    """A job's figures on a cluster."""
+    return Plan(job, memory(job), step_seconds(job, cluster))
+
+
+def plans(
+    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batch_windows: int, sequence_length: int
+) -> list[Plan]:
+    """Every way that fits into the devices' memory, fastest first; a LayoutError where none does."""
+    found, closest = [], math.inf
+    for job in jobs(model, runtimes, cluster, batch_windows, sequence_length):
+        one = plan(job, cluster)
+        closest = min(closest, one.bytes / GIB + cluster.reserved_gib)
+        if one.bytes / GIB + cluster.reserved_gib <= cluster.memory_gib:
+            found.append(one)
+    if not found:
+        rule = "the batch is shared by dp x micro-batch, tp divides heads and widths, pp the layers"
+        short = (
+            f"the smallest needs {closest:.1f} GiB of a device" if closest < math.inf else f"none is allowed: {rule}"
+        )
+        raise LayoutError(
+            f"{model.num_parameters():,} parameters with {batch_windows} windows of {sequence_length} a step on "
+            f"{cluster.devices} devices of {cluster.memory_gib:g} GiB: {short}. Take more devices or shorter windows."
+        )
+    # Of ways that are as fast within a hundredth, the simplest: least model-parallel, least recomputed.
+    order = {name: number for number, name in enumerate(RECOMPUTE)}
+    best = min(one.step for one in found)
+
+    def rank(one: Plan) -> tuple[float, int, int, float]:
+        layout = one.job.layout
+        return round(math.log(one.step / best) * 100), layout.tp * layout.pp, order[one.job.recompute], one.bytes
+
+    return sorted(found, key=rank)
+
+
+def jobs(
+    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batch_windows: int, sequence_length: int
+) -> Iterator[Job]:
+    """Every allowed combination of layout, ZeRO stage, micro-batch and recomputation that uses all devices."""
+    for tp in divisors(cluster.devices_per_node):
+        for pp in divisors(cluster.devices // tp):
+            layout = Layout(tp, pp, cluster.devices // (tp * pp))
+            if batch_windows % layout.dp:
+                continue
+            a_rank = batch_windows // layout.dp
+            for runtime in runtimes:
+                try:
+                    check_pair(runtime, layout)
+                    check_layout(layout, model, sequence_length)
+                except Exception as error:
+                    if isinstance(error, AssertionError):
+                        raise
+                    continue
+                for micro in (size for size in (1, 2, 4, 8, 16, 32) if a_rank % size == 0):
+                    for recompute in RECOMPUTE:
+                        how = replace(runtime, micro_batch_windows=micro)
+                        yield Job(model, layout, how, batch_windows, sequence_length, recompute)
+
+
+# -------------------------------------------------------------------- the whole run
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A run to its last token, failures included."""
+
+    steps: int
+    failures: float
+    save_seconds: float
+    save_every_seconds: float
+    hours: float
+    share_training: float
+    """Of the hours; the rest is saving, restarting and doing steps again."""
+    cost: float
+
+
+def outlook(chosen: Plan, cluster: Cluster, tokens: float) -> Outlook:
+    """How long so many tokens take, with a checkpoint every `young_daly` seconds."""
+    job = chosen.job
+    steps = math.ceil(tokens / (job.batch_windows * job.sequence_length))
+    save = 12.0 * job.model.num_parameters() / (cluster.disk_gb_per_second * 1e9)
+    between = cluster.device_hours_between_failures * 3600 / cluster.devices
+    every = young_daly(save, between)
+    # In each interval: its own steps, a save, and with every / between the chance of a failure half of it again.
+    lost = (every / 2 + save + cluster.restart_seconds) / between
+    share = every / (every + save) * max(0.0, 1 - lost)
+    hours = steps * chosen.step / 3600 / share if share else math.inf
+    cost = hours * cluster.devices * cluster.price_per_device_hour
+    return Outlook(steps, hours * 3600 / between, save, every, hours, share, cost)
+
+
+def young_daly(save_seconds: float, seconds_between_failures: float) -> float:
+    """The interval between checkpoints at which saving and doing again cost least together (Daly's second order)."""
+    if save_seconds >= 2 * seconds_between_failures:
+        return seconds_between_failures
+    ratio = save_seconds / (2 * seconds_between_failures)
+    first = math.sqrt(2 * save_seconds * seconds_between_failures)
+    return first * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
