@@ -201,7 +201,7 @@ class Chain:
         settings.write_text(json.dumps(micro))
         self._arguments = ["--recipe", str(recipe), "--ds_config", str(settings), "--set", f"data.root={tokens}"]
         self._arguments += ["--output", str(self.run), "--hang_timeout_seconds", str(HANG)]
-        self._arguments += ["--silent_seconds", str(SILENT), "--rendezvous_timeout_seconds", "8", "--resume"]
+        self._arguments += ["--silent_seconds", str(SILENT), "--rendezvous_timeout_seconds", "15", "--resume"]
         self._arguments += LAYOUTS[layout]["options"]
 
     def start(self, case: Case | None, *more: str, check: bool = False) -> tuple[forked.Ranks, Path, Fault | None]:

@@ -28,14 +28,14 @@ import forked  # noqa: E402
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"name": "one rank, ZeRO-0, fp32", "zero": 0, "micro": 4},
-    {"name": "one rank, ZeRO-1, bf16", "precision": "bf16", "micro": 8},
-    {"name": "one rank, ZeRO-1, fp32, recompute full", "micro": 16, "recompute": "full"},
-    {"name": "one rank, ZeRO-1, bf16, all windows at once", "precision": "bf16", "micro": 16},
+    {"name": "one rank, ZeRO-1, bf16", "precision": "bf16", "micro": 4},
+    {"name": "one rank, ZeRO-1, fp32, recompute full", "micro": 8, "recompute": "full"},
+    {"name": "one rank, ZeRO-1, bf16, all windows at once", "precision": "bf16", "micro": 8},
     {"name": "dp2, ZeRO-1, fp32", "ranks": 2, "micro": 4},
     {
         "name": "dp2, ZeRO-1, bf16, recompute selective",
         "ranks": 2,
-        "micro": 8,
+        "micro": 4,
         "precision": "bf16",
         "recompute": "selective",
     },
@@ -44,7 +44,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"name": "tp2, ZeRO-1, fp32", "ranks": 2, "tp": 2, "micro": 8},
     {"name": "pp2, ZeRO-1, bf16", "ranks": 2, "pp": 2, "precision": "bf16", "micro": 2},
     {"name": "tp2 pp2, ZeRO-1, bf16", "ranks": 4, "tp": 2, "pp": 2, "precision": "bf16", "micro": 4},
-    {"name": "tp2 dp2, ZeRO-1, fp32, recompute full", "ranks": 4, "tp": 2, "micro": 8, "recompute": "full"},
+    {"name": "tp2 dp2, ZeRO-1, fp32, recompute full", "ranks": 4, "tp": 2, "micro": 4, "recompute": "full"},
 ]
 STEPS = 3
 RECIPE = f"""
@@ -59,7 +59,7 @@ vocab_size = 8192
 sequence_length = 256
 [training]
 total_steps = {STEPS}
-batch_windows = 16
+batch_windows = 8
 validation_windows = 1
 """
 
@@ -97,7 +97,7 @@ def watch_memory(folder: Path) -> Any:
             note("applied")
             return found
 
-        evaluate, write = Engine.evaluate, Engine.write_state
+        evaluate = Engine.evaluate
 
         def evaluated(self: Any, *arguments: Any, **keywords: Any) -> Any:
             note("before validation")

@@ -193,6 +193,13 @@ def test_to_transformers_and_back(made_corpus: Path, made_vocabulary: Path, tmp_
     assert json.loads((tmp_path / "exports" / "german" / "config.json").read_text())["model_type"] == "gpt_neox"
 
 
+@pytest.mark.multiprocess
+def test_planning_a_run(made_tokens: Path, tmp_path: Path) -> None:
+    measured, here, large = run_chapter("Planning a run", tmp_path, {}, {"tokens/pydocs": made_tokens})
+    assert "wrote here.toml" in measured and "1 devices in 1 nodes" in here
+    assert "512 devices in 64 nodes" in large and "so: --tp " in large and "save every" in large
+
+
 def test_chapters_are_found() -> None:
     assert commands("Two commands") == [line for line in commands("Two commands") if line.startswith(("make", "pip"))]
     assert any("train_vocabulary" in line for line in commands("From your text to a model"))

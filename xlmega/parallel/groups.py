@@ -161,7 +161,6 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
             world_size=process.world_size,
             timeout=timedelta(seconds=max(timeout_seconds, 60.0)),
         )
-    try:
         from megatron.core import parallel_state
 
         parallel_state.initialize_model_parallel(
@@ -170,6 +169,7 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
             layout.virtual_stages if layout.virtual_stages > 1 else None,
             distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
         )
+    try:
         yield device
     finally:
         if sys.exc_info()[0] is None:  # after an error the peers may be gone, and tear-down would wait for them

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from xlmega.errors import LayoutError
+from xlmega.errors import ConfigError, LayoutError
 from xlmega.models.config import ModelConfig, check_layout
 from xlmega.models.decoder import shard_axis
 from xlmega.parallel.layout import Layout, divisors
@@ -40,8 +40,9 @@ class Cluster:
     memory_gib: float = 80.0
     reserved_gib: float = 2.0
     """Taken by the process before there is a model: the driver's context, libraries, allocator slack."""
-    peak_tflops: dict[str, float] = field(default_factory=lambda: {"bf16": 989.0, "fp16": 989.0, "fp32": 60.0})
-    """Dense products, by precision."""
+    tflops: float = 989.0
+    """Peak of dense products in bf16 and fp16."""
+    fp32_tflops: float = 60.0
     matmul_share: float = 0.45
     """Of the peak that a whole layer reaches, norms and attention included."""
     node_gb_per_second: float = 300.0
@@ -66,12 +67,21 @@ class Cluster:
 
     def problems(self) -> Iterator[str]:
         for name, value in vars(self).items():
-            values = value.values() if isinstance(value, dict) else [value]
             may_be_zero = name in ("price_per_device_hour", "latency_seconds", "reserved_gib", "restart_seconds")
-            if any(one < 0 or (one == 0 and not may_be_zero) for one in values):
+            if value < 0 or (value == 0 and not may_be_zero):
                 yield f"{name} must be positive, but is {value}."
         if not 0 < self.matmul_share <= 1:
             yield f"matmul_share is a share of the peak, from 0 to 1, but is {self.matmul_share}."
+
+
+CLUSTERS = {
+    "h100": Cluster(devices_per_node=8),
+    "h200": Cluster(devices_per_node=8, memory_gib=141.0, memory_gb_per_second=4000.0),
+    "a100": Cluster(
+        devices_per_node=8, tflops=312.0, fp32_tflops=19.5, node_gb_per_second=200.0, network_gb_per_second=20.0
+    ),
+}
+"""Nodes as they are usually sold, by the vendors' data sheets; shares and rates of failure are guesses to replace."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,8 @@ class Job:
 # -------------------------------------------------------------------- memory
 
 
-def held_parameters(model: ModelConfig, layout: Layout) -> tuple[float, float]:
-    """(parameters of the fullest rank, of them in the layers): a stage with the embedding, or the only one."""
+def held_parameters(model: ModelConfig, layout: Layout) -> float:
+    """Parameters of the fullest rank: of a stage with the embedding, or of the only one."""
 
     def of_rank(shapes: dict[str, tuple[int, ...]]) -> float:
         return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
@@ -117,7 +127,7 @@ def held_parameters(model: ModelConfig, layout: Layout) -> tuple[float, float]:
     words = model.vocab_size * model.hidden_size / layout.tp
     ends = words * (1 if model.tied or layout.pp > 1 else 2) + of_rank(model.sense_shapes())
     ends += model.max_positions * model.hidden_size if model.positions == "learned" else 0
-    return layers + ends, layers
+    return layers + ends
 
 
 def kept_values(model: ModelConfig, layout: Layout, recompute: str) -> float:
@@ -138,32 +148,32 @@ def memory(job: Job) -> dict[str, float]:
     """Bytes of the fullest rank at its fullest moment, by part, beside what the process takes without a model."""
     model, layout, runtime, width = job.model, job.layout, job.runtime, job.width
     stage, tokens = runtime.zero_stage, job.micro_tokens
-    held, in_layers = held_parameters(model, layout)
+    held = held_parameters(model, layout)
     shared = layout.dp if stage else 1
     layers = -(-model.num_layers // layout.pp)
-    in_flight = min(layout.pp, job.micro_batches)
+    in_flight: float = min(layout.pp, job.micro_batches)
     if layout.virtual_stages > 1:  # the interleaved schedule keeps more chunks of fewer layers (2104.04473 §2.2)
         in_flight += (layout.pp - 1) / layout.virtual_stages
     words = model.vocab_size * model.hidden_size / layout.tp
-    layer = in_layers / layers
     kept = in_flight * layers * kept_values(model, layout, job.recompute)
     working = 0.0 if job.recompute == "none" else kept_values(model, layout, "none")  # one layer, computed again
     senses = model.num_senses * model.hidden_size / layout.tp * (tokens + job.sequence_length) * (width + 4)
+    activations = tokens * width * (kept + working + _passing(job)) + senses
+    logits = min(LOGITS_BYTES, tokens * model.vocab_size / layout.tp * width) + words * width
     return {
         "weights": held * width / (layout.dp if stage == 3 else 1),
         "master weights": 0.0 if stage == 0 else held * 4 / shared,
         "gradients": _gradient_bytes(job, held),
         "moments": held * 8 / shared,
-        "activations": tokens * width * (kept + working + _passing(job)) + senses,
-        "logits": min(LOGITS_BYTES, tokens * model.vocab_size / layout.tp * width) + words * width,
-        "buffers": _buffer_bytes(job, held, layer),
+        "activations": activations,
+        "logits": logits,
+        "buffers": _buffer_bytes(job, held, activations + logits),
     }
 
 
 def _passing(job: Job) -> float:
     """Values of a token that the backward pass of one layer works with besides what was kept."""
-    model, layout = job.model, job.layout
-    return 2 * model.hidden_size + model.ffn_hidden_size / layout.tp
+    return 2 * job.model.hidden_size + job.model.ffn_hidden_size / job.layout.tp
 
 
 def _gradient_bytes(job: Job, held: float) -> float:
@@ -171,9 +181,20 @@ def _gradient_bytes(job: Job, held: float) -> float:
     return held * 4 / (job.layout.dp if job.runtime.zero_stage >= 2 else 1)
 
 
-def _buffer_bytes(job: Job, held: float, layer: float) -> float:
-    """What ZeRO puts gradients and parameters into on their way."""
-    return 0.0
+def _buffer_bytes(job: Job, held: float, beside: float) -> float:
+    """What ZeRO puts gradients and weights into on their way, where it is not in the place of activations.
+
+    Stage 3 holds the weights that it has gathered, and a bucket of gradients, while it goes backward. Below, the bucket
+    is only there when activations and logits (`beside`) are gone.
+    """
+    if job.layout.dp == 1 or not job.runtime.zero_stage:
+        return 0.0
+    settings = job.runtime.settings.get("zero_optimization", {})
+    bucket = min(held, float(settings.get("reduce_bucket_size", 5e8)))
+    if job.runtime.zero_stage < 3:
+        return max(0.0, bucket * 4 - beside)
+    gathered = min(held, float(settings.get("stage3_max_live_parameters", 1e9))) * (job.layout.dp - 1) / job.layout.dp
+    return (bucket + gathered) * job.width
 
 
 # -------------------------------------------------------------------- seconds
@@ -189,9 +210,10 @@ def step_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     whole = inner + model.hidden_size * (model.qkv_width + model.attention_width)
     in_layers = 1 - 6.0 * model.vocab_size * model.hidden_size / model.flops_per_token(job.sequence_length)
     again = {"none": 0.0, "selective": in_layers / 3 * inner / whole, "full": in_layers / 3}[job.recompute]
-    rate = cluster.peak_tflops.get(runtime.precision, cluster.peak_tflops["bf16"]) * 1e12 * cluster.matmul_share
+    rate = cluster.fp32_tflops if runtime.precision == "fp32" else cluster.tflops
+    rate *= 1e12 * cluster.matmul_share
     compute, recompute = flops / rate, again * flops / rate
-    held, _ = held_parameters(model, layout)
+    held = held_parameters(model, layout)
     layers, micro = -(-model.num_layers // layout.pp), job.micro_batches
     block = job.micro_tokens * model.hidden_size * job.width
     near, far = layout.tp <= cluster.devices_per_node, layout.world_size > cluster.devices_per_node
@@ -267,10 +289,8 @@ def plans(
         if one.bytes / GIB + cluster.reserved_gib <= cluster.memory_gib:
             found.append(one)
     if not found:
-        rule = "the batch is shared by dp x micro-batch, tp divides heads and widths, pp the layers"
-        short = (
-            f"the smallest needs {closest:.1f} GiB of a device" if closest < math.inf else f"none is allowed: {rule}"
-        )
+        short = "no layout is allowed: dp x micro-batch shares the batch, tp divides heads and widths, pp the layers"
+        short = f"the smallest needs {closest:.1f} GiB of a device" if closest < math.inf else short
         raise LayoutError(
             f"{model.num_parameters():,} parameters with {batch_windows} windows of {sequence_length} a step on "
             f"{cluster.devices} devices of {cluster.memory_gib:g} GiB: {short}. Take more devices or shorter windows."
@@ -300,9 +320,7 @@ def jobs(
                 try:
                     check_pair(runtime, layout)
                     check_layout(layout, model, sequence_length)
-                except Exception as error:
-                    if isinstance(error, AssertionError):
-                        raise
+                except (ConfigError, LayoutError):
                     continue
                 for micro in (size for size in (1, 2, 4, 8, 16, 32) if a_rank % size == 0):
                     for recompute in RECOMPUTE:
@@ -349,3 +367,42 @@ def young_daly(save_seconds: float, seconds_between_failures: float) -> float:
     ratio = save_seconds / (2 * seconds_between_failures)
     first = math.sqrt(2 * save_seconds * seconds_between_failures)
     return first * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
+
+
+# -------------------------------------------------------------------- words
+
+
+def report(found: Sequence[Plan], cluster: Cluster, tokens: float) -> Iterator[str]:
+    """Lines for a person: the ways, the first of them in full, and what all rests on."""
+    yield f"{cluster.devices} devices in {cluster.nodes} nodes of {cluster.memory_gib:g} GiB; fastest ways that fit:"
+    for number, one in enumerate(found, 1):
+        memory_gib = one.bytes / GIB + cluster.reserved_gib
+        speed = f"{one.step:.3g} s a step, {one.tokens_per_second:,.0f} tokens/s"
+        yield f"  {number}. {one.job.describe()}: {memory_gib:.1f} GiB, {speed}"
+    best = found[0]
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in best.memory.items() if size)
+    yield f"memory of the fullest rank in GiB: {parts}, without a model {cluster.reserved_gib:.2f}"
+    parts = ", ".join(f"{name} {100 * part / best.step:.1f} %" for name, part in best.seconds.items() if part)
+    yield f"a step: {parts}"
+    layout = best.job.layout
+    yield (
+        f"so: --tp {layout.tp} --pp {layout.pp} --recompute {best.job.recompute}, train_micro_batch_size_per_gpu="
+        f"{best.job.runtime.micro_batch_windows}, zero_optimization.stage={best.job.runtime.zero_stage}"
+    )
+    ahead = outlook(best, cluster, tokens)
+    every = max(1, round(ahead.save_every_seconds / best.step))
+    price = f", costs {ahead.cost:,.0f}" if cluster.price_per_device_hour else ""
+    yield (
+        f"{tokens:.3g} tokens are {ahead.steps:,} steps: {ahead.hours:,.1f} hours{price}, of which "
+        f"{100 * ahead.share_training:.1f} % train; {ahead.failures:.1f} failures are to be expected"
+    )
+    yield (
+        f"save every {every:,} steps ({ahead.save_every_seconds / 60:,.0f} min); a save that is not asynchronous takes "
+        f"{ahead.save_seconds:.0f} s"
+    )
+    yield (
+        f"this rests on {cluster.tflops:g} TFLOP/s at {cluster.matmul_share:.0%}, {cluster.node_gb_per_second:g} GB/s "
+        f"in a node, {cluster.network_gb_per_second:g} between nodes, {cluster.disk_gb_per_second:g} to disk, a "
+        f"failure every {cluster.device_hours_between_failures:,.0f} device hours and {cluster.restart_seconds:g} s to "
+        "restart; --calibrate measures what this device does"
+    )

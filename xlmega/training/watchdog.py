@@ -111,7 +111,7 @@ class Watchdog:
         finally:
             self._closing.set()
             self._thread.join(timeout=30.0)
-        raise LostRankError(_spell(verdict)) from None
+        raise _kind(verdict)(_spell(verdict)) from None
 
     def beat(self, step: int, doing: str) -> None:
         """The main thread is at `step` and begins `doing`; a step's own length is learnt from beat to beat."""
@@ -293,9 +293,8 @@ class Watchdog:
         if ask:
             self._await_readers()
         if not ask or self._speaks():
-            kind = HangError if verdict["code"] == HangError.exit_code else LostRankError
             stacks = f"Stacks of the ranks are in '{self._folder}'."
-            print(f"{kind.__name__}: {_spell(verdict)} {stacks}", file=sys.stderr, flush=True)
+            print(f"{_kind(verdict).__name__}: {_spell(verdict)} {stacks}", file=sys.stderr, flush=True)
         self._end(int(verdict["code"]))
 
     def _speaks(self) -> bool:
@@ -310,6 +309,10 @@ def _spell(verdict: dict[str, Any]) -> str:
     names = f"rank {', '.join(map(str, ranks[:16]))}" if ranks else "all ranks stand at the same place"
     where = f" ({verdict['where']})" if verdict["where"] else ""
     return f"{names}: {verdict['words']}{where}. Go on from the last checkpoint with the same command and --resume."
+
+
+def _kind(verdict: dict[str, Any]) -> type[XlmegaError]:
+    return HangError if verdict.get("code") == HangError.exit_code else LostRankError
 
 
 def _is_a_peers(error: BaseException) -> bool:
