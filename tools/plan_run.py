@@ -108,7 +108,8 @@ def calibrate(output: Path, recipe: Recipe, how: Runtime) -> None:
     with groups.joined(process, choose(process.world_size)) as device:
         told = calibration.calibrate(recipe.model, how, recipe.data.sequence_length, device)
         if process.rank == 0:
-            lines = [f"devices_per_node = {process.world_size}", *(f"{key} = {value}" for key, value in told.items())]
+            lines = [f"devices_per_node = {process.world_size}", f"on_gpu = {str(device.type == 'cuda').lower()}"]
+            lines += [f"{key} = {value}" for key, value in told.items()]
             output.write_text("\n".join(lines) + "\n", encoding="utf-8")
             print("\n".join(lines) + f"\nwrote {output}")
 

@@ -41,7 +41,8 @@ def calibrate(model: ModelConfig, runtime: Runtime, sequence_length: int, device
     rates = {name: product_tflops(DTYPES[name], device) for name in ("bf16", "fp32")}
     narrow = replace(model, num_layers=min(2, model.num_layers))
     ranks = dist.get_world_size()
-    job = Job(narrow, Layout(dp=ranks), runtime, ranks * runtime.micro_batch_windows, sequence_length)
+    windows = ranks * runtime.micro_batch_windows
+    job = Job(narrow, Layout(dp=ranks), runtime, windows, sequence_length, on_gpu=kind == "cuda")
     seconds, held = _steps(job, device)
     flops = narrow.flops_per_token(sequence_length) * job.micro_tokens
     rate = rates["fp32" if runtime.precision == "fp32" else "bf16"]

@@ -6,7 +6,6 @@ nothing is allocated and nothing is read but the headers of validation files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from xlmega import config
@@ -78,42 +77,11 @@ def warnings(run: Run) -> Iterator[str]:
 
 def memory(run: Run) -> dict[str, float]:
     """Bytes of the rank that holds most, by part: arithmetic on shapes, not a measurement."""
-    model, layout, runtime = run.recipe.model, run.layout, run.runtime
     import torch
 
-    from xlmega.models.decoder import shard_axis
-    from xlmega.models.head import CHUNK_BYTES
+    from xlmega.training import planning
 
-    def held_by_rank(shapes: dict[str, tuple[int, ...]]) -> float:
-        return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
-
-    chunk = CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
-    layers = -(-model.num_layers // layout.pp)
-    d, w, f = model.hidden_size, model.attention_width, model.ffn_hidden_size
-    layer = held_by_rank(model.layer_shapes())
-    words = model.vocab_size * d / layout.tp
-    ends = words * (1 if model.tied or layout.pp > 1 else 2)
-    ends += held_by_rank(model.sense_shapes())
-    held = layers * layer + ends + (model.max_positions * d if model.positions == "learned" else 0)
-    width = 4 if runtime.precision == "fp32" else 2
-    shared = layout.dp if runtime.zero_stage else 1
-    tokens = runtime.micro_batch_windows * run.recipe.data.sequence_length
-    in_flight = min(layout.pp, run.micro_batches)
-    # Kept for the backward pass, in values per token of a layer: norms, q k v, attention and the two MLP widths.
-    attention, mlp = w + model.qkv_width, (4 if model.gated_mlp else 2) * f
-    kept = {
-        "none": 6 * d + (attention + mlp) / layout.tp,
-        "selective": 5 * d + attention / layout.tp,
-        "full": d,
-    }
-    # A Backpack's senses, were all tokens distinct: the vectors and, in the backward pass, their fp32 gradient; and one
-    # window of both. Alpha is never held.
-    vectors = model.num_senses * d / layout.tp * (tokens + run.recipe.data.sequence_length) * (width + 4)
-    return {
-        "weights": held * width / (layout.dp if runtime.zero_stage == 3 else 1),
-        "master weights": 0.0 if width == 4 and runtime.zero_stage == 0 else held * 4 / shared,
-        "gradients": held * 4 / (layout.dp if runtime.zero_stage >= 2 else 1),
-        "moments": held * 8 / shared,
-        "activations": in_flight * tokens * width * layers * kept[run.recompute] + vectors,
-        "logits": min(chunk, tokens * model.vocab_size / layout.tp * width) + words * 4,
-    }
+    windows = run.micro_batches * run.layout.dp * run.runtime.micro_batch_windows
+    length = run.recipe.data.sequence_length
+    model, on_gpu = run.recipe.model, torch.cuda.is_available()
+    return planning.memory(planning.Job(model, run.layout, run.runtime, windows, length, run.recompute, on_gpu))

@@ -21,13 +21,10 @@ from dataclasses import dataclass, replace
 
 from xlmega.errors import ConfigError, LayoutError
 from xlmega.models.config import ModelConfig, check_layout
-from xlmega.models.decoder import shard_axis
 from xlmega.parallel.layout import Layout, divisors
 from xlmega.training.runtime import Runtime, check_pair
 
 RECOMPUTE = ("none", "selective", "full")
-LOGITS_BYTES = 128 * 2**20
-"""Most that the loss holds of logits at a time (models.head)."""
 GIB = 2.0**30
 
 
@@ -60,6 +57,7 @@ class Cluster:
     """Llama 3 (arXiv:2407.21783 §3.3.4): 466 interruptions of 16,384 devices in 54 days."""
     restart_seconds: float = 300.0
     """From a failure to the next step."""
+    on_gpu: bool = True
 
     @property
     def devices(self) -> int:
@@ -67,7 +65,9 @@ class Cluster:
 
     def problems(self) -> Iterator[str]:
         for name, value in vars(self).items():
-            may_be_zero = name in ("price_per_device_hour", "latency_seconds", "reserved_gib", "restart_seconds")
+            may_be_zero = name in (
+                "price_per_device_hour", "latency_seconds", "reserved_gib", "restart_seconds", "on_gpu"
+            )  # fmt: skip
             if value < 0 or (value == 0 and not may_be_zero):
                 yield f"{name} must be positive, but is {value}."
         if not 0 < self.matmul_share <= 1:
@@ -95,6 +95,7 @@ class Job:
     """Of a step, over all ranks."""
     sequence_length: int
     recompute: str = "none"
+    on_gpu: bool = True
 
     @property
     def micro_batches(self) -> int:
@@ -119,6 +120,7 @@ class Job:
 
 def held_parameters(model: ModelConfig, layout: Layout) -> float:
     """Parameters of the fullest rank: of a stage with the embedding, or of the only one."""
+    from xlmega.models.decoder import shard_axis  # megatron-core: seconds that most of a plan does without
 
     def of_rank(shapes: dict[str, tuple[int, ...]]) -> float:
         return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
@@ -145,7 +147,12 @@ def kept_values(model: ModelConfig, layout: Layout, recompute: str) -> float:
 
 
 def memory(job: Job) -> dict[str, float]:
-    """Bytes of the fullest rank at its fullest moment, by part, beside what the process takes without a model."""
+    """Bytes of the fullest rank at its fullest moment, by part, beside what the process takes without a model.
+
+    Gradients are summed up in fp32; from stage 2 on each rank keeps its share.
+    """
+    from xlmega.models.head import CHUNK_BYTES
+
     model, layout, runtime, width = job.model, job.layout, job.runtime, job.width
     stage, tokens = runtime.zero_stage, job.micro_tokens
     held = held_parameters(model, layout)
@@ -159,11 +166,17 @@ def memory(job: Job) -> dict[str, float]:
     working = 0.0 if job.recompute == "none" else kept_values(model, layout, "none")  # one layer, computed again
     senses = model.num_senses * model.hidden_size / layout.tp * (tokens + job.sequence_length) * (width + 4)
     activations = tokens * width * (kept + working + _passing(job)) + senses
-    logits = min(LOGITS_BYTES, tokens * model.vocab_size / layout.tp * width) + words * width
+    chunk = CHUNK_BYTES["cuda" if job.on_gpu else "cpu"]
+    logits = min(chunk, tokens * model.vocab_size / layout.tp * width) + words * width
+    gradients = held * 4 / (layout.dp if stage >= 2 else 1)
+    if job.micro_batches == 1 and width == 4 and stage < 2:
+        # There are none before the only backward pass, and at its end no activations: the fuller of the two moments.
+        late = tokens * width * _passing(job) + words * width
+        gradients, activations, logits = max((0.0, activations, logits), (gradients, late, 0.0), key=sum)
     return {
         "weights": held * width / (layout.dp if stage == 3 else 1),
         "master weights": 0.0 if stage == 0 else held * 4 / shared,
-        "gradients": _gradient_bytes(job, held),
+        "gradients": gradients,
         "moments": held * 8 / shared,
         "activations": activations,
         "logits": logits,
@@ -174,11 +187,6 @@ def memory(job: Job) -> dict[str, float]:
 def _passing(job: Job) -> float:
     """Values of a token that the backward pass of one layer works with besides what was kept."""
     return 2 * job.model.hidden_size + job.model.ffn_hidden_size / job.layout.tp
-
-
-def _gradient_bytes(job: Job, held: float) -> float:
-    """Gradients as they are summed up: in fp32; from stage 2 on each rank keeps its share."""
-    return held * 4 / (job.layout.dp if job.runtime.zero_stage >= 2 else 1)
 
 
 def _buffer_bytes(job: Job, held: float, beside: float) -> float:
@@ -325,7 +333,7 @@ def jobs(
                 for micro in (size for size in (1, 2, 4, 8, 16, 32) if a_rank % size == 0):
                     for recompute in RECOMPUTE:
                         how = replace(runtime, micro_batch_windows=micro)
-                        yield Job(model, layout, how, batch_windows, sequence_length, recompute)
+                        yield Job(model, layout, how, batch_windows, sequence_length, recompute, cluster.on_gpu)
 
 
 # -------------------------------------------------------------------- the whole run
