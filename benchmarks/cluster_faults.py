@@ -147,7 +147,7 @@ def expected(case: Case, ranks: int) -> tuple[list[set[int]], str]:
     if case.kind == "segfault":
         return struck({-signal.SIGSEGV}, {5}), lost
     if case.kind == "loader error":
-        return struck({2, 1}, {5}), r"Input/output error"
+        return struck({2}, {5}), r"DataError: step \d+ cannot be read: .*Input/output error"
     if case.kind == "loader stuck":
         return [{6}] * ranks, rf"{lost}: nothing has moved .*\(data\)"
     if case.kind == "NaN gradient":
@@ -347,7 +347,9 @@ def last_message(told: str) -> str:
         line for line in lines if re.match(r"(\w+Error: |NOT SAVED|note: .*clock|done: )|.*cannot be written", line)
     ]
     errors = [line for line in wanted if re.match(r"\w+Error: |NOT SAVED|note: |.*cannot be written", line)]
-    return (errors or wanted or lines or ["nothing"])[-1]
+    last = (errors or wanted or lines or ["nothing"])[-1]
+    after = lines[lines.index(last) + 1 :] if last.endswith(":") else []
+    return " ".join([last, *after[:1]])
 
 
 # -------------------------------------------------------------------- chains

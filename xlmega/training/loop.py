@@ -47,9 +47,10 @@ def train(run: Run, engine: Engine, metrics: Metrics | None, first_step: int, wa
         watch.begins(step, "data")
         try:
             batch = batches.at(step)
-        except DataError as error:
-            error.of_one_rank = True  # of this rank's windows
-            raise
+        except (DataError, OSError) as error:
+            found = error if isinstance(error, DataError) else DataError(f"step {step} cannot be read: {error}.")
+            found.of_one_rank = True  # of this rank's windows
+            raise found from None
         watch.step(step)
         try:
             report = engine.forward_backward(batch, step=step, wish=watch.stop.pending(), strict=not guard.skips)
