@@ -72,6 +72,15 @@ def test_a_frozen_rank_is_named_and_the_others_end(made_tokens: Path, tmp_path: 
         assert (run / "hang" / "rank-00000.txt").read_text().count("File") > 3
 
 
+def test_elastic_ranks_that_cannot_share_the_batch_end_and_the_others_train(made_tokens: Path, tmp_path: Path) -> None:
+    """Eight windows in micro-batches of two: one, two or four data-parallel ranks, but not three."""
+    run, sets = tmp_path / "run", ("training.total_steps=2",)
+    with Ranks(tmp_path, 3, made_tokens, run, "--elastic", sets=sets) as ranks:
+        assert ranks.codes() == [0, 0, 0], ranks.told(0)
+        assert "note: --elastic: 2 of 3 ranks train (dp=2); the others end now" in ranks.told(0)
+        assert "done: step 2 of 2" in ranks.told(0)
+
+
 def test_settings_that_cannot_be_kept_are_refused() -> None:
     for settings in ({"hang_timeout_seconds": -1.0}, {"silent_seconds": 0.0}, {"check_replicas_every_steps": -1}):
         with pytest.raises(ConfigError, match="--"):
