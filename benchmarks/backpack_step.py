@@ -127,11 +127,12 @@ def work_as_told(name: str, given: dict[str, Any], tokens_file: Path) -> None:
             elif order == "step":
                 assert step is not None
                 peers.synchronize()
-                start = time.perf_counter()
+                start, processor = time.perf_counter(), time.process_time()
                 loss = step(batch(index))
                 index += 1
                 peers.synchronize()
-                reply({"seconds": time.perf_counter() - start, "loss": loss})
+                spent = time.process_time() - processor
+                reply({"seconds": time.perf_counter() - start, "processor": spent, "loss": loss})
             elif order == "memory":
                 assert step is not None
                 forget_peak()
@@ -199,7 +200,7 @@ def measure_steps(sizes: dict[str, Any], tokens: Path, threads: int, rounds: int
     for name in backpack_peers.names():
         workers.append(Worker(name, sizes, tokens, threads))
     for worker in workers:
-        results[worker.name] = {**worker.ask("ready"), "seconds": [], "losses": []}
+        results[worker.name] = {**worker.ask("ready"), "seconds": [], "processor": [], "losses": []}
     matmul, rates = Worker("matmul", sizes, tokens, threads), []
     for turn in range(WARM_UP_STEPS + rounds):
         # Every other round backwards: no contender always follows the same neighbour.
@@ -208,6 +209,7 @@ def measure_steps(sizes: dict[str, Any], tokens: Path, threads: int, rounds: int
             results[worker.name]["losses"].append(answer["loss"])
             if turn >= WARM_UP_STEPS:
                 results[worker.name]["seconds"].append(answer["seconds"])
+                results[worker.name]["processor"].append(answer["processor"])
         rates.append(matmul.ask("rate"))
         print(f"round {turn + 1} of {WARM_UP_STEPS + rounds}", file=sys.stderr)
     for worker in workers:
@@ -295,16 +297,17 @@ def ratio(results: dict[str, Any], other: str) -> float:
 
 def table(results: dict[str, Any], step_tokens: int) -> str:
     lines = [
-        "| contender | parameters | s/step (median) | tokens/s | time over xlmega's | peak MB | of it the step's |",
-        "|---|---|---|---|---|---|---|",
+        "| contender | parameters | s/step (median) | processor s | tokens/s | over xlmega's | peak MB | the step's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     names = [name for name in results if name != "matmul"]
     for name in names:
         found = results[name]
-        seconds = statistics.median(found["seconds"])
+        seconds, processor = (statistics.median(found[kind]) for kind in ("seconds", "processor"))
+        own = found["peak"] - found["before"]
         lines.append(
-            f"| {name} | {found['parameters'] / 1e6:.1f} M | {seconds:.3f} | {step_tokens / seconds:,.0f} | "
-            f"{ratio(results, name):.2f} | {found['peak']:,.0f} | {found['peak'] - found['before']:,.0f} |"
+            f"| {name} | {found['parameters'] / 1e6:.1f} M | {seconds:.3f} | {processor:.2f} "
+            f"| {step_tokens / seconds:,.0f} | {ratio(results, name):.2f} | {found['peak']:,.0f} | {own:,.0f} |"
         )
     ours, straight, twin = (results[name] for name in ("xlmega", "straight", "twin"))
     steps = {name: results[name]["peak"] - results[name]["before"] for name in names}
