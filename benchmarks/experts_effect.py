@@ -3,11 +3,12 @@
     python benchmarks/experts_effect.py ../shared/data/pydocs --folder runs/effect --seeds 3
 
 For each seed: a seed model, then from it, each on the same number of tokens: a dense continuation, four TF-IDF experts,
-four typological experts, and typological experts in two rounds (4, then 8, each from its parent); with --ablations also
-four experts of clusters by lot, and a dense model that is told each document's cluster. Prints the table that X-ELM's
-paper prints (perplexity by language and mean; rows are models) with the standard deviation over seeds, each row's
-difference from dense in pairs by seed, and the expert-by-language matrices. Finished steps are kept: run it again to go
-on.
+four typological experts, and typological experts in two rounds (4, then 8, each from its parent). --ablations adds four
+experts of clusters by lot (random4), a dense model that is told each document's cluster (told4), and four typological
+experts that share the tokens by steps rather than by batch (steps4): a quarter of the steps at the dense model's batch.
+Prints the table that X-ELM's paper prints (perplexity by language and mean; rows are models) with the standard deviation
+over seeds, each row's difference from dense in pairs by seed, and the expert-by-language matrices. Finished steps are
+kept: run it again to go on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ ROWS = {  # printed name: (scores, row)
     "typological, routed": ("typology4", "routing"),
     "HMR to 8, routed": ("hmr8", "routing"),
 }
-ABLATIONS = {"by lot, ensemble": ("random4", "uniform"), "dense, told its cluster": ("told4", "told")}
+ABLATIONS = {
+    "by lot, ensemble": ("random4", "uniform"),
+    "dense, told its cluster": ("told4", "told"),
+    "typological, by steps": ("steps4", "routing"),
+}
 
 
 def main() -> None:
@@ -50,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed_steps", type=int, default=300)
     parser.add_argument("--total_steps", type=int, default=120, help="of the dense continuation")
     parser.add_argument("--documents", type=int, default=20, help="scored of each language")
-    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--ablations", nargs="*", default=[], choices=[name for name, _ in ABLATIONS.values()])
     parser.add_argument("--parallel", type=int, default=1, help="experts side by side")
     args = parser.parse_args()
     begun = time.monotonic()
@@ -63,7 +68,8 @@ def main() -> None:
     for seed in range(args.seeds):
         one_seed(args, seed, tokens)
         print(f"seed {seed} is done, {(time.monotonic() - begun) / 60:.0f} minutes", flush=True)
-    report(args.folder, args.seeds, {**ROWS, **ABLATIONS} if args.ablations else ROWS)
+    rows = {**ROWS, **{name: where for name, where in ABLATIONS.items() if where[0] in args.ablations}}
+    report(args.folder, args.seeds, rows)
 
 
 def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
@@ -90,9 +96,12 @@ def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
         "typology4": f"[[rounds]]\ntypology = 4\ntotal_steps = {args.total_steps}\n",
         "hmr8": f"[[rounds]]\ntypology = 4\ntotal_steps = {half}\n[[rounds]]\ntypology = 8\ntotal_steps = {half}\n",
     }
-    if args.ablations:
-        rounds["random4"] = f"[[rounds]]\nrandom = 4\ntotal_steps = {args.total_steps}\n"
-        rounds["told4"] = f"cluster_token = true\n{rounds['tfidf4']}"
+    more = {
+        "random4": f"[[rounds]]\nrandom = 4\ntotal_steps = {args.total_steps}\n",
+        "told4": f"cluster_token = true\n{rounds['tfidf4']}",
+        "steps4": f'share_by = "steps"\n{rounds["typology4"]}',
+    }
+    rounds |= {name: more[name] for name in args.ablations}
     for name, table in rounds.items():
         plan = folder / f"{name}.toml"
         overrides = [*EXPERTS, f"training.seed={seed + 100}"]
@@ -109,9 +118,10 @@ def one_seed(args: argparse.Namespace, seed: int, tokens: Path) -> None:
     ablations = {
         "random4": [folder / "random4", "--kind", "uniform"],
         "told4": [model, model, "--kind", "uniform", "--clusterer", clusterer, *told],
+        "steps4": [folder / "steps4"],
     }
     for name, words in {
-        **(ablations if args.ablations else {}),
+        **{name: ablations[name] for name in args.ablations},
         "tfidf4": [folder / "tfidf4", "--clusterer", clusterer, "--matrix", *compare],
         "tfidf4-top2": [folder / "tfidf4", "--clusterer", clusterer, "--top_k", 2],
         "typology4": [folder / "typology4", "--matrix"],
