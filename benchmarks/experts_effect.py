@@ -6,7 +6,7 @@ For each seed: a seed model, then from it, each on the same number of tokens: a 
 four typological experts, and typological experts in two rounds (4, then 8, each from its parent). --ablations adds four
 experts of clusters by lot (random4), a dense model that is told each document's cluster (told4), and four typological
 experts that share the tokens by steps rather than by batch (steps4): a quarter of the steps at the dense model's batch.
-Prints the table that X-ELM's paper prints (perplexity by language and mean; rows are models) with the standard deviation
+Prints the table that X-ELM's paper prints (perplexity by language and mean; rows are models), the standard deviation
 over seeds, each row's difference from dense in pairs by seed, and the expert-by-language matrices. Finished steps are
 kept: run it again to go on.
 """
