@@ -90,7 +90,7 @@ def meet(cluster: Cluster, folder: Path, tokens: Path, alone: Path, number: int,
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     record = {"key": case.key, **dataclasses.asdict(case), "codes": [ended["JobState"]], "seconds": round(noticed, 1)}
-    record |= {"told": cluster_faults.last_message(words_before(log)), "left": len(left), "lost_steps": 0}
+    record |= {"told": told_of(log), "left": len(left), "lost_steps": 0}
     record |= {"wrong": wrong, "same": not wrong, "restarts": ended["Restarts"], "log": words() if wrong else ""}
     took = time.monotonic() - begun
     print(
@@ -100,9 +100,11 @@ def meet(cluster: Cluster, folder: Path, tokens: Path, alone: Path, number: int,
     return record
 
 
-def words_before(log: Path) -> str:
-    """What was told until the job was started again."""
-    return log.read_text(errors="replace").split("done: step")[0]
+def told_of(log: Path) -> str:
+    """What the job's log says of the node: Slurm's own words, or those of the ranks that were left."""
+    lines = log.read_text(errors="replace").splitlines()
+    found = [line.strip() for line in lines if "DUE TO" in line or line.startswith("LostRankError")]
+    return found[-1] if found else "nothing"
 
 
 def ranks_on(cluster: Cluster, node: str) -> list[int]:

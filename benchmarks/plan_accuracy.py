@@ -237,7 +237,9 @@ def table(results: Path) -> str:
             f"| {case['name']} | {peak:,.0f} | {one['peak']:,.0f} | {100 * off[-1]:+.1f} % | {seconds:.2f} | "
             f"{other['seconds']:.2f} |"
         )
-    worst = max(map(abs, off), default=0.0)
+    if not off:
+        return "nothing has been measured in both passes yet"
+    worst = max(map(abs, off))
     lines.append(
         f"\n{len(off)} configurations: memory at most {100 * worst:.1f} % off (aim 10 %), median "
         f"{100 * statistics.median(map(abs, off)):.1f} %; Kendall's tau of the step times {kendall(ours, theirs):.2f} "
