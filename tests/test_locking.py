@@ -22,9 +22,9 @@ from pathlib import Path
 from xlmega import locking
 with getattr(locking, sys.argv[1])(Path(sys.argv[2])):
     if not os.fork():
+        print("held", flush=True)  # once the child, too, is ready: it lets go of what it inherited as it begins
         sys.stdin.read()  # an orphan, as a worker would be for a moment
         os._exit(0)
-    print("held", flush=True)
     sys.stdin.read()
 """
 
