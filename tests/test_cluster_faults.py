@@ -15,7 +15,7 @@ FAULTS = (
     "dp2/SIGSTOP/reduce/0/False",
     "dp2/two jobs/save",
     "dp2/stale lock/half a save",
-    "dp2/NaN gradient/reduce/1",
+    "tp2/NaN gradient/reduce/1",
     "tp2/SIGTERM/init/0/True",
     "tp2/port in use",
     "tp2/version/start/1",

@@ -218,6 +218,7 @@ class Engine:
             group["lr"] = learning_rate
         if self.runtime.uses_schedule:
             self._sum_tied_embedding()
+            self._show_copies()
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
         self._limit, self._norm = limit, math.inf
@@ -419,6 +420,21 @@ class Engine:
         for shard, parameter in self.shards:
             if shard.name == "embedding.word_embeddings.weight":
                 dist.all_reduce(self._gradient(parameter), group=group)
+
+    def _show_copies(self) -> None:
+        """Have a gradient that is not finite stand in one that the norm counts.
+
+        Of a parameter that all tensor-parallel ranks hold whole only the first's gradient is counted. The others' are
+        equal to it unless a device errs, which would otherwise be seen only when it has spoilt a weight. Stages 2 and 3
+        have given their gradients away by now: there the check of replicas sees it.
+        """
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            return
+        copies = [self._gradient(parameter) for shard, parameter in self.shards if shard.axis is None]
+        largest = torch.stack(torch._foreach_norm(copies, math.inf)).float().max()
+        counted = next(self._gradient(p) for shard, p in self.shards if shard.axis is not None and not shard.is_copy)
+        first = counted[(0,) * counted.dim()]
+        first.copy_(torch.where(largest.isfinite(), first, math.nan))
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Where DeepSpeed accumulates this parameter's gradient (bf16 and fp16 keep an fp32 sum beside it)."""
