@@ -4,9 +4,11 @@ A tiny model (12 layers, 509 pieces, clipping active) is trained for 3 steps und
 step 6. Each target loads each checkpoint: what it then holds is saved and must have the same logical hash, weights and
 moments; three more steps must give the losses (2e-6), gradient norms (1e-5) and weights (1e-5 of a tensor's largest) of
 the source left alone, the theorem's bounds, where both compute in fp32. In bf16 and fp16 the distance is measured, from
-one process of the target's precision that loaded the same checkpoint.
+one process of the target's precision that loaded the same checkpoint. Every source is also loaded by its own layout,
+and must then go on bit for bit. For XGLM and for both Backpacks.
 
     python benchmarks/any_to_any.py
+    python benchmarks/any_to_any.py --models original nano
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from reshaping import PRECISIONS, compare, drawn_cases, named, single  # noqa: E402
+from reshaping import MODELS, PRECISIONS, compare, drawn_cases, named, single  # noqa: E402
 
 # From sizes to sizes that do not divide them, and back: 3 to 2, 4 to 6, 6 to 4.
 AWKWARD: list[tuple[dict[str, int], dict[str, int]]] = [
@@ -37,36 +40,49 @@ AWKWARD: list[tuple[dict[str, int], dict[str, int]]] = [
 ]
 
 
+def cases(model: str, seed: int, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(sources, targets) of one model; a target's `loads` are the sources that it loads."""
+    awkward = [tuple(named([{**case, **MODELS[model]}])[0] for case in pair) for pair in AWKWARD]
+    drawn = named(drawn_cases(seed, count, model=model))
+    sources = named([*drawn, *(source for source, _ in awkward)])
+    loads = [case["name"] for case in drawn]
+    targets = named(
+        [
+            *({**case, "loads": list(loads)} for case in drawn_cases(seed + 1, count, model=model)),
+            *({**single(precision, model), "loads": list(loads)} for precision in PRECISIONS),
+        ]
+    )
+    by_name = {case["name"]: case for case in targets}
+    for source, target in [*awkward, *((one, one) for one in sources)]:
+        into = by_name.setdefault(target["name"], {**target, "loads": []})
+        if source["name"] not in into["loads"]:
+            into["loads"].append(source["name"])
+    return sources, list(by_name.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=12, help="sources, and targets, that are drawn")
     args = parser.parse_args()
-    started = time.monotonic()
-    drawn = named(drawn_cases(args.seed, args.count))
-    sources = named([*drawn, *(source for source, _ in AWKWARD)])
-    loads = [case["name"] for case in drawn]
-    targets = [{**case, "loads": list(loads)} for case in drawn_cases(args.seed + 1, args.count)]
-    targets = named([*targets, *({**single(precision), "loads": list(loads)} for precision in PRECISIONS)])
-    for source, target in AWKWARD:
-        (name,) = (case["name"] for case in named([source]))
-        (case,) = named([{**target, "loads": []}])
-        known = next((one for one in targets if one["name"] == case["name"]), None)
-        if known is None:
-            targets.append(known := case)
-        if name not in known["loads"]:
-            known["loads"].append(name)
-    print("sources:", ", ".join(case["name"] for case in sources), flush=True)
-    print("targets:", ", ".join(case["name"] for case in targets), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        pairs, problems, worst = compare(Path(folder), sources, targets)
-    for problem in problems:
-        print(problem)
-    print("| computed in | pairs | loss | gradient norm | weights |\n|---|---|---|---|---|")
-    for kind, (count, *columns) in sorted(worst.items()):
-        print(f"| {kind} | {count} | " + " | ".join(f"{value:.1e}" for value in columns) + " |")
-    print(f"{pairs} pairs, {len(problems)} problems, {time.monotonic() - started:.0f} s")
-    sys.exit(bool(problems))
+    failed = 0
+    for model in args.models:
+        started = time.monotonic()
+        sources, targets = cases(model, args.seed, args.count)
+        print(f"{model}: sources:", ", ".join(case["name"] for case in sources), flush=True)
+        print(f"{model}: targets:", ", ".join(case["name"] for case in targets), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            pairs, problems, worst = compare(Path(folder), sources, targets)
+        failed += len(problems)
+        for problem in problems:
+            print(problem)
+        print("| computed in | pairs | loss | gradient norm | weights |\n|---|---|---|---|---|")
+        for kind, (count, *columns) in sorted(worst.items()):
+            print(f"| {kind} | {count} | " + " | ".join(f"{value:.1e}" for value in columns) + " |")
+        took = time.monotonic() - started
+        print(f"{model}: {pairs} pairs, {len(problems)} problems, {took:.0f} s", flush=True)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

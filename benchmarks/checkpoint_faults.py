@@ -8,6 +8,7 @@ moments must be those of the run left alone, bit for bit. Then file operations o
 file of a checkpoint is damaged in every way. All through the real pretrain.py.
 
     python benchmarks/checkpoint_faults.py --count 50
+    python benchmarks/checkpoint_faults.py --count 20 --model nano
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_zero3": {"ranks": 2, "zero": 3, "options": ()},
 }
 STEPS, SAVE_EVERY = 24, 2
+MODELS = {"xglm": ("xglm_tiny", 4), "original": ("backpack_micro_4", 4), "nano": ("nano_backpack_mini_4", 3)}
+"""Presets and numbers of layers; nano's senses are a part of the pipeline of their own."""
 RECIPE = f"""
 [model]
-preset = "xglm_tiny"
+preset = "{{preset}}"
 hidden_size = 32
 ffn_hidden_size = 64
-num_layers = 4
+num_layers = {{layers}}
+num_heads = 4
 [data]
 sequence_length = 16
 [training]
@@ -78,11 +82,12 @@ class Broken(Exception):
 class Runs:
     """Starts runs of one layout, each a number of lives."""
 
-    def __init__(self, folder: Path, tokens: Path, layout: dict[str, Any]):
+    def __init__(self, folder: Path, tokens: Path, layout: dict[str, Any], model: str = "xglm"):
         self.folder, self.ranks = folder, layout["ranks"]
+        preset, layers = MODELS[model]
         folder.mkdir()
         recipe, settings = folder / "tiny.toml", folder / "fp32.json"
-        recipe.write_text(RECIPE)
+        recipe.write_text(RECIPE.format(preset=preset, layers=layers))
         zero = {"stage": layout["zero"]}
         settings.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
         self._arguments = ["--recipe", str(recipe), "--ds_config", str(settings), "--set", f"data.root={tokens}"]
@@ -358,6 +363,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=40, help="flips in each file")
     parser.add_argument("--lives", type=int, default=8, help="most kills of one run")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--model", choices=MODELS, default="xglm", help="XGLM, or one of the two Backpacks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=Path, help="a token folder; made where not given")
     args = parser.parse_args()
@@ -368,7 +374,7 @@ def main() -> None:
         for layout in args.layouts:
             generator = random.Random(f"{args.seed} {layout}")
             started = time.monotonic()
-            runs = Runs(folder / layout, tokens, LAYOUTS[layout])
+            runs = Runs(folder / layout, tokens, LAYOUTS[layout], args.model)
             codes, said = runs.live("alone")
             check(not any(codes), f"the run left alone failed:\n{said[-4000:]}")
             print(f"{layout}: the run left alone took {time.monotonic() - started:.1f} s", flush=True)

@@ -27,6 +27,12 @@ from xlmega.weights.comparison import differences, logical_hash
 
 SAVED_AT, LAST = 3, 6
 PRECISIONS = ("fp32", "bf16", "fp16")
+MODELS: dict[str, dict[str, Any]] = {
+    "xglm": {},
+    "original": {"preset": "backpack_micro_4", "model": {"init_std": 0.15}},
+    "nano": {"preset": "nano_backpack_mini_4", "model": {"num_layers": 11, "init_std": 0.15}},
+}
+"""Twelve parts for stages: layers, or eleven and nano's senses."""
 
 
 def save(engine: Engine, run: Path, step: int) -> None:
@@ -73,20 +79,29 @@ def whole_hash(run: Path, step: int) -> str:
     return logical_hash(found, *(found.moment(kind) for kind in MOMENTS))
 
 
-def possible_cases(max_ranks: int) -> list[dict[str, Any]]:
+def possible_cases(max_ranks: int, model: str = "xglm") -> list[dict[str, Any]]:
     """Every combination that xlmega accepts of the sizes that a model of 12 layers and 4 heads allows."""
     cases = []
-    for tp, pp, dp, virtual, zero, precision in itertools.product(
-        (1, 2, 4), (1, 2, 3, 4, 6), (1, 2, 3, 4, 6), (1, 2, 3), (0, 1, 2, 3), ("fp32", "fp32", "fp32", "bf16", "fp16")
+    for tp, sp, pp, dp, virtual, zero, precision in itertools.product(
+        (1, 2, 4),
+        (False, True),
+        (1, 2, 3, 4, 6),
+        (1, 2, 3, 4, 6),
+        (1, 2, 3),
+        (0, 1, 2, 3),
+        ("fp32", "fp32", "fp32", "bf16", "fp16"),
     ):
-        case = {"tp": tp, "pp": pp, "dp": dp, "virtual": virtual, "zero": zero, "precision": precision}
+        case = {"tp": tp, "sp": sp, "pp": pp, "dp": dp, "virtual": virtual, "zero": zero, "precision": precision}
+        case |= MODELS[model]
         rounds = trained.WINDOWS // dp
+        if sp and tp == 1:
+            continue
         if tp * pp * dp > max_ranks or (pp > 1 and zero > 1) or (zero == 0 and precision != "fp32"):
             continue
         if (virtual > 1 and (pp == 1 or rounds % pp)) or trained.WINDOWS % dp:
             continue
         try:
-            chosen = layout.choose(tp * pp * dp, tp=tp, pp=pp, virtual_stages=virtual)
+            chosen = layout.choose(tp * pp * dp, tp=tp, pp=pp, virtual_stages=virtual, sequence_parallel=sp)
             check_layout(chosen, trained.model_of(case), trained.LENGTH)
         except XlmegaError:
             continue
@@ -95,15 +110,16 @@ def possible_cases(max_ranks: int) -> list[dict[str, Any]]:
 
 
 def name_of(case: dict[str, Any]) -> str:
-    """'tp2_pp3_x2_dp1_z1_fp32'."""
+    """'tp2_sp_pp3_x2_dp1_z1_fp32'."""
     chunks = f"_x{case['virtual']}" if case.get("virtual", 1) > 1 else ""
-    sizes = f"tp{case.get('tp', 1)}_pp{case.get('pp', 1)}{chunks}_dp{case.get('dp', 1)}"
+    shared = "_sp" if case.get("sp") else ""
+    sizes = f"tp{case.get('tp', 1)}{shared}_pp{case.get('pp', 1)}{chunks}_dp{case.get('dp', 1)}"
     return f"{sizes}_z{case.get('zero', 1)}_{case.get('precision', 'fp32')}"
 
 
-def drawn_cases(seed: int, count: int, max_ranks: int = 8) -> list[dict[str, Any]]:
+def drawn_cases(seed: int, count: int, max_ranks: int = 8, model: str = "xglm") -> list[dict[str, Any]]:
     """`count` different cases."""
-    found = possible_cases(max_ranks)
+    found = possible_cases(max_ranks, model)
     random.Random(seed).shuffle(found)
     return list({case["name"]: case for case in found}.values())[:count]
 
@@ -113,9 +129,9 @@ def named(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({name_of(case): {"precision": "fp32", **case, "name": name_of(case)} for case in cases}.values())
 
 
-def single(precision: str) -> dict[str, Any]:
+def single(precision: str, model: str = "xglm") -> dict[str, Any]:
     """One process."""
-    return named([{"precision": precision}])[0]
+    return named([{"precision": precision, **MODELS[model]}])[0]
 
 
 def largest_first(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,7 +148,8 @@ def compare(
     """(pairs, problems, largest distances) of all sources loaded by all targets.
 
     Where both compute in one precision the source left alone is what to be, else one process of the target's precision
-    that loaded the same checkpoint: it must be among the targets. Distances by kind: (pairs, loss, norm, weights).
+    that loaded the same checkpoint: it must be among the targets. Loaded by the layout that saved it, a run must go on
+    bit for bit. Distances by kind: (pairs, loss, norm, weights).
     """
     ranks = [max(trained.world_size(case) for case in cases) for cases in (sources, targets)]
     runs = {case["name"]: str(folder / "sources" / case["name"]) for case in sources}
@@ -153,6 +170,9 @@ def compare(
             figures = [one[f"{target['name']} {source['name']}"] for one in loaded[: trained.world_size(target)]]
             if any(one != figures[0] for one in figures):
                 problems.append(f"{pair}: ranks tell different losses")
+            if source["name"] == target["name"]:
+                same = figures[0] == alone[0][source["name"]] and whole_hash(out, LAST) == whole_hash(run, LAST)
+                problems += [] if same else [f"{pair}: resumed under its own layout the run is another"]
             precisions = {case["precision"] for case in (source, target)}
             kind = precisions.pop() if len(precisions) == 1 else f"other to {target['precision']}"
             if kind == "fp32":

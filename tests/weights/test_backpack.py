@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from backpack_reference import Parts, reference_parts
 from one_rank import uneven_weights
+from round_trips import through_real_ranks
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -166,6 +168,31 @@ def test_round_trips(variant: str, exports: dict[str, Path], tmp_path: Path) -> 
     loaded(exports[variant]).save_pretrained(tmp_path / "saved")  # by transformers
     again = open_huggingface(tmp_path / "saved")
     assert all(torch.equal(again.read(name), tensor) for name, tensor in source.tensors.items())
+
+
+@pytest.mark.multiprocess
+def test_real_ranks_compute_what_transformers_does_and_give_it_back(tmp_path: Path) -> None:
+    """Both variants from what transformers saved into tp 1, 2, 4 and pp 1, 2, 3, sp, ZeRO 0 to 3, and back."""
+    layouts: dict[str, dict[str, Any]] = {
+        "tp4_sp": {"tp": 4, "sequence_parallel": True},
+        "tp2_pp2_interleaved": {"tp": 2, "pp": 2, "virtual_stages": 3, "zero": 0},
+        "tp2_dp2_zero3": {"tp": 2, "dp": 2, "zero": 3},
+        "pp3": {"pp": 3},
+        "dp2_zero2": {"dp": 2, "zero": 2},
+    }
+    cases = {}
+    for variant, config in MODELS.items():
+        deeper = dataclasses.replace(config, num_layers=6 - (variant == "nano"))  # pp 1, 2, 3 and 6 stages
+        export_huggingface(Source(deeper), tmp_path / "ours" / variant, vocabulary_folder=None)
+        loaded(tmp_path / "ours" / variant).save_pretrained(tmp_path / variant)
+        cases |= {f"{variant}_{name}": {"model": variant, **sizes} for name, sizes in layouts.items()}
+
+    def logits(variant: str, ids_BL: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = loaded(tmp_path / variant)(ids_BL).logits
+        return found
+
+    through_real_ranks(tmp_path, cases, logits)
 
 
 def test_a_user_without_xlmega_loads_it_and_generates(exports: dict[str, Path]) -> None:

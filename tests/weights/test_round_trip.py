@@ -9,31 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import worlds
+from round_trips import LENGTH, through_real_ranks
 from safetensors.torch import load_file, save_file
 
 from xlmega import config as tables
-from xlmega.data.batches import Batch
 from xlmega.models.config import ModelConfig, check_layout
 from xlmega.models.decoder import padded_vocabulary, shard_axis
-from xlmega.parallel import groups
 from xlmega.parallel.layout import Layout
 from xlmega.training.checkpoint import FORMAT_VERSION, manifest_digest, open_source, piece_name
-from xlmega.training.engine import Engine
-from xlmega.training.optimizer import OptimizerSettings
-from xlmega.training.runtime import runtime
-from xlmega.training.saving import Retention, Saver
-from xlmega.weights.directory import open_logical_directory, write_logical
 from xlmega.weights.names import logical_shapes
 from xlmega.weights.shards import Shard
 from xlmega.weights.storage import json_text, sha256_of
 
 pytestmark = pytest.mark.torch
 
-WINDOWS, LENGTH = 4, 16
 RANKED: dict[str, dict[str, Any]] = {
     "xglm": {"tp": 2, "pp": 2},
     "gpt2": {"tp": 4},
@@ -116,52 +107,11 @@ def test_any_layout_gives_back_what_transformers_saved(kind: str, tmp_path: Path
     assert verify_huggingface(checkpoint, tmp_path / "tp4pp3hf").logit_difference < 1e-4
 
 
-def rank_main(rank: int, folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Load each family's logical directory, score a batch, save a checkpoint; what the scores were."""
-    torch.set_num_threads(1)
-    scores = {}
-    for kind, sizes in kinds.items():
-        source, layout = open_logical_directory(folder / kind), Layout(**sizes)
-        worlds.forget_groups()
-        port = worlds.meet(folder, kind, rank)
-        process = groups.Process(rank, layout.world_size, rank, "127.0.0.1", port, "test")
-        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
-        with groups.joined(process, layout, timeout_seconds=300) as device:
-            engine = Engine(
-                source.config, layout, runtime(settings), OptimizerSettings(), device=device, micro_batches=WINDOWS
-            )
-            engine.write_state(source)
-            ids = np.load(folder / "ids.npy")[:, None]
-            batch = Batch(
-                ids, np.ones((WINDOWS, 1, LENGTH), np.float32), np.arange(WINDOWS, dtype=np.int32)[:, None],
-                np.arange(WINDOWS)[:, None],
-            )  # fmt: skip
-            scores[kind] = engine.evaluate(batch, num_languages=WINDOWS).nll
-            ended = list(Saver(engine, folder / f"{kind}_run", Retention()).save(0, {}, wait=True))
-            assert not any(one.problem for one in ended), ended
-    return scores
-
-
 @pytest.mark.multiprocess
 def test_real_ranks_compute_what_transformers_does_and_give_it_back(tmp_path: Path) -> None:
     import theirs
 
-    from xlmega.weights.huggingface import export_huggingface, open_huggingface
-
-    stored, expected = {}, {}
-    ids = torch.randint(theirs.VOCABULARY, (WINDOWS, LENGTH + 1), generator=torch.Generator().manual_seed(5))
-    np.save(tmp_path / "ids.npy", ids.numpy())
     for kind in RANKED:
-        stored[kind] = theirs.saved(kind, tmp_path / f"{kind}_theirs")
-        write_logical(open_huggingface(tmp_path / f"{kind}_theirs"), tmp_path / kind)
-        logits = theirs.logits(tmp_path / f"{kind}_theirs", ids[:, :-1])
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        expected[kind] = losses.sum(1)
-    results = worlds.run(4, rank_main, RANKED, folder=tmp_path)
-    for kind in RANKED:
-        found = torch.tensor(results[0][kind], dtype=torch.float32)
-        torch.testing.assert_close(found / LENGTH, expected[kind] / LENGTH, rtol=0, atol=1e-4, msg=kind)
-        export_huggingface(open_source(tmp_path / f"{kind}_run"), tmp_path / f"{kind}_back", vocabulary_folder=None)
-        back = load_file(tmp_path / f"{kind}_back" / "model.safetensors")
-        assert back.keys() == stored[kind].keys(), kind
-        assert all(torch.equal(back[name], stored[kind][name]) for name in back), kind
+        theirs.saved(kind, tmp_path / kind)
+    cases = {kind: {"model": kind, **sizes} for kind, sizes in RANKED.items()}
+    through_real_ranks(tmp_path, cases, lambda kind, ids: theirs.logits(tmp_path / kind, ids))
