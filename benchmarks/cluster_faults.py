@@ -1,6 +1,6 @@
 """Every fault that a cluster has, injected at every moment of a run: who notices when, what is told, what is left.
 
-A run of a tiny model in one of four layouts lives many lives. Each goes on from the newest checkpoint and meets one
+A run of a tiny model in one of six layouts lives many lives. Each goes on from the newest checkpoint and meets one
 fault (tests/striking.py): a signal to one rank or all, an exception, a segmentation fault, a loader that fails or
 stands still, a full disk, a gradient that is not finite, a weight that differs, a rank that never starts, other
 versions or code on one rank, a clock that is off, a second job, a stale lock, a port in use. Of each is recorded how
@@ -53,6 +53,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"ranks": 2, "options": ("--tp", "2"), "zero": 1},
     "pp2": {"ranks": 2, "options": ("--pp", "2"), "zero": 0},
     "dp3": {"ranks": 3, "options": (), "zero": 1},
+    "tp2-zero2": {"ranks": 2, "options": ("--tp", "2"), "zero": 2},
+    "tp2-zero3": {"ranks": 2, "options": ("--tp", "2"), "zero": 3},
 }
 RECIPE = f"""
 [model]
@@ -115,6 +117,8 @@ def cases() -> Iterator[Case]:
         found.append(Case(layout, "port in use", "start", 0, False, 1))
     found += [Case("dp3", "perturbed", "update", rank, False, 2) for rank in (0, 1, 2)]
     found += [Case("dp3", "SIGKILL", moment, rank, False, 1) for moment in ("forward", "save") for rank in (1, 2)]
+    for layout in ("tp2-zero2", "tp2-zero3"):
+        found += [Case(layout, "NaN gradient", "reduce", rank, False, 2) for rank in (0, 1)]
     random.Random(0).shuffle(found)
     yield from found
 

@@ -246,18 +246,35 @@ def _metrics_full(fault: Fault) -> None:
 
 
 def _nan_gradient(fault: Fault) -> None:
+    """In a gradient of a parameter that all tensor-parallel ranks hold whole."""
     from xlmega.training.engine import Engine
+    from xlmega.training.norms import gradient_of
 
-    real, seen = Engine._sum_tied_embedding, [0]
+    summed, passed, seen = Engine._sum_tied_embedding, Engine.forward_backward, [0]
 
-    def poisoned(self: Any) -> None:
+    def now() -> bool:
         seen[0] += 1
         if seen[0] == fault.nth:
             mark(fault)
-            self._gradient(self.shards[-1][1]).view(-1)[0] = float("nan")
-        real(self)
+        return seen[0] == fault.nth
+
+    def poisoned(self: Any) -> None:
+        if now():
+            gradient_of(self.shards[-1][1]).view(-1)[0] = float("nan")
+        summed(self)
+
+    def poisoned_on_the_way(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Stages 2 and 3 give gradients away while they are made."""
+        if not self.runtime.uses_schedule and now():
+            hook = self.shards[-1][1].register_hook(lambda gradient: gradient * float("nan"))
+            try:
+                return passed(self, *arguments, **keywords)
+            finally:
+                hook.remove()
+        return passed(self, *arguments, **keywords)
 
     setattr(Engine, "_sum_tied_embedding", poisoned)  # noqa: B010
+    setattr(Engine, "forward_backward", poisoned_on_the_way)  # noqa: B010
 
 
 def _perturbed(fault: Fault) -> None:

@@ -16,6 +16,8 @@ FAULTS = (
     "dp2/two jobs/save",
     "dp2/stale lock/half a save",
     "tp2/NaN gradient/reduce/1",
+    "tp2-zero2/NaN gradient/reduce/1",
+    "tp2-zero3/NaN gradient/reduce/1",
     "tp2/SIGTERM/init/0/True",
     "tp2/port in use",
     "tp2/version/start/1",

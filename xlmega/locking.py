@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from xlmega.errors import CheckpointError, DataError
 
 LOCK_NAME = "lock"
-WAITING_SECONDS = 0.05
+ASK_EVERY_SECONDS = 0.05
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def locked(output: Path, *, wait: bool = False) -> Iterator[None]:
     which process that is."""
     path = output.with_name(output.name + ".lock")
     try:
-        lock = _Lock(path, passing=True, wait=wait)
+        lock = _Lock(path, passing=True, wait_seconds=math.inf if wait else 0.0)
     except BlockingIOError:
         pid, host, since = _holder(path)
         by = f" (pid {pid}) on {host}, since {since}" if pid else ""
@@ -50,16 +51,9 @@ def held(run: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
 
     It is asked for again for so many seconds: whoever has it may be about to end.
     """
-    path, deadline = run / LOCK_NAME, time.monotonic() + wait_seconds
+    path = run / LOCK_NAME
     try:
-        while True:
-            try:
-                lock = _Lock(path, passing=False)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.5)
+        lock = _Lock(path, passing=False, wait_seconds=wait_seconds)
     except BlockingIOError:
         pid, host, since = _holder(path)
         by = f"process {pid} on {host}, since {since}" if pid else "another process"
@@ -77,10 +71,10 @@ _held: set[_Lock] = set()
 
 
 class _Lock:
-    """The held lock file at `path`; BlockingIOError where another holds it, OSError where none can be made."""
+    """The lock file `path`, held; BlockingIOError where another holds it for so long, OSError where none can be made."""
 
-    def __init__(self, path: Path, *, passing: bool, wait: bool = False) -> None:
-        self._path, self._passing, self._wait = path, passing, wait
+    def __init__(self, path: Path, *, passing: bool, wait_seconds: float) -> None:
+        self._path, self._passing, self._deadline = path, passing, time.monotonic() + wait_seconds
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -101,9 +95,9 @@ class _Lock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not self._wait:
+            if time.monotonic() >= self._deadline:
                 raise
-            time.sleep(WAITING_SECONDS)
+            time.sleep(ASK_EVERY_SECONDS)
             return False
         except OSError:
             return True  # a file system without locks

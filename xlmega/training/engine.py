@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from xlmega.models.config import ModelConfig
 from xlmega.models.decoder import Decoder, MicroBatch, build_stages
 from xlmega.parallel.groups import Mpu
 from xlmega.parallel.layout import Layout
+from xlmega.training.norms import GradientNorm, gradient_of
 from xlmega.training.optimizer import OptimizerSettings, adamw
 from xlmega.training.runtime import Runtime
 from xlmega.weights.shards import LogicalSource, Shard, shards_of
@@ -150,8 +151,14 @@ class Engine:
         self.waited_seconds = 0.0
         """How long this rank waited for the others in the newest pass, at the sums that all take part in."""
         self._stepped = False  # whether Adam's state exists everywhere
-        self._limit = self._norm = math.inf  # the largest gradient norm of an update, and the newest norm
-        self._have_norm_limited()
+        self._norm = GradientNorm(
+            self._engine,
+            deepspeed.runtime.utils,
+            runtime,
+            self.shards,
+            device=device,
+            scale=lambda: self.loss_scale,
+        )
         config.grad_scale_func = self._scale_loss
         config.finalize_model_grads_func = None
         config.no_sync_func = None
@@ -218,65 +225,32 @@ class Engine:
             group["lr"] = learning_rate
         if self.runtime.uses_schedule:
             self._sum_tied_embedding()
-            self._show_copies()
+            self._norm.show_copies()
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        self._limit, self._norm = limit, math.inf
+        norm = self._norm
+        norm.limit, norm.newest = limit, math.inf
         if self.runtime.zero_stage:
             scaler = self.loss_scaler
             self._engine.step()
             bad = bool(getattr(self._engine.optimizer, "overflow", False))
             if not bad:
-                self._norm = float(self._engine.get_global_grad_norm() or 0.0)
-            elif math.isfinite(self._norm):  # discarded for its norm: no overflow that the scale should answer
+                norm.newest = float(self._engine.get_global_grad_norm() or 0.0)
+            elif math.isfinite(norm.newest):  # discarded for its norm: no overflow that the scale should answer
                 self.loss_scaler = scaler
         else:
-            self._norm = self._clip_whole_model()
-            if bad := not self._norm <= limit or not math.isfinite(self._norm):
+            norm.newest = norm.clip(self._optimizer_settings.gradient_clipping)
+            if bad := not norm.newest <= limit or not math.isfinite(norm.newest):
                 self._engine.zero_grad()
             else:
                 self._engine.step()
-        if bad and strict and self.runtime.precision != "fp16" and not math.isfinite(self._norm):
+        if bad and strict and self.runtime.precision != "fp16" and not math.isfinite(norm.newest):
             raise NumericsError(
                 f"a gradient of step {step} is not finite, though its loss is. {self.name(batch, None)} "
                 "No weight changed."
             )
         self._stepped |= not bad
-        return self._norm, bad
-
-    def _have_norm_limited(self) -> None:
-        """Have DeepSpeed discard a step whose norm is above the limit as it does one whose norm is not finite.
-
-        The norm that it takes between reducing and updating is the whole model's, so all ranks decide alike. Each of
-        its optimizers (0.19.8) takes it in a method of another name.
-        """
-        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
-
-        optimizer = self._engine.optimizer
-
-        def replace(name: str, norm: Callable[[Any], Any], instead: Callable[[Any], Any]) -> None:
-            take = getattr(optimizer, name)
-
-            def limited(*arguments: Any, **keywords: Any) -> Any:
-                taken = take(*arguments, **keywords)
-                if self._limit == math.inf or keywords:  # keywords: what is to be clipped
-                    return taken
-                self._norm = float(norm(taken)) / self.loss_scale
-                return instead(taken) if math.isfinite(self._norm) and self._norm > self._limit else taken
-
-            setattr(optimizer, name, limited)
-
-        infinite = torch.tensor(math.inf)
-        if self.runtime.zero_stage == 1 and self.runtime.precision == "bf16":
-
-            def whole(grads: Any) -> Any:
-                return get_global_norm_of_tensors(grads[0], mpu=optimizer.mpu, norm_type=optimizer.norm_type)
-
-            replace("get_grads_for_norm", whole, lambda grads: ([infinite.to(self.device)], grads[1]))
-        elif self.runtime.zero_stage in (1, 2):
-            replace("scaled_global_norm", float, lambda norm: math.inf)
-        elif self.runtime.zero_stage == 3:
-            replace("_get_norm_groups", combine_grad_norm_groups, lambda norms: [infinite.to(self.device)])
+        return norm.newest, bad
 
     def evaluate(self, batch: Batch, *, num_languages: int, extra: npt.NDArray[np.float64] | None = None) -> Report:
         """Negative log-likelihoods without gradients; `extra` [num_languages] is summed over data-parallel ranks."""
@@ -419,46 +393,7 @@ class Engine:
         group = parallel_state.get_embedding_group()
         for shard, parameter in self.shards:
             if shard.name == "embedding.word_embeddings.weight":
-                dist.all_reduce(self._gradient(parameter), group=group)
-
-    def _show_copies(self) -> None:
-        """Have a gradient that is not finite stand in one that the norm counts.
-
-        Of a parameter that all tensor-parallel ranks hold whole only the first's gradient is counted. The others' are
-        equal to it unless a device errs, which would otherwise be seen only when it has spoilt a weight. Stages 2 and 3
-        have given their gradients away by now: there the check of replicas sees it.
-        """
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            return
-        copies = [self._gradient(parameter) for shard, parameter in self.shards if shard.axis is None]
-        largest = torch.stack(torch._foreach_norm(copies, math.inf)).float().max()
-        counted = next(self._gradient(p) for shard, p in self.shards if shard.axis is not None and not shard.is_copy)
-        first = counted[(0,) * counted.dim()]
-        first.copy_(torch.where(largest.isfinite(), first, math.nan))
-
-    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Where DeepSpeed accumulates this parameter's gradient (bf16 and fp16 keep an fp32 sum beside it)."""
-        for place in ("_hp_grad", "grad_accum", "grad"):
-            gradient = getattr(parameter, place, None)
-            if gradient is not None:
-                return gradient.view(parameter.shape) if place == "_hp_grad" else gradient  # type: ignore[no-any-return]
-        raise AssertionError("a parameter without gradient took part in the step")
-
-    def _clip_whole_model(self) -> float:
-        tp_rank = parallel_state.get_tensor_model_parallel_rank()
-        gradients = [p.grad for shard, p in self.shards if p.grad is not None]
-        counted = [
-            p.grad.double().square().sum()
-            for shard, p in self.shards
-            if p.grad is not None and not shard.is_copy and (shard.axis is not None or tp_rank == 0)
-        ]
-        square = torch.stack(counted).sum() if counted else torch.zeros((), dtype=torch.float64, device=self.device)
-        dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
-        norm = math.sqrt(square.item()) if math.isfinite(square.item()) else math.inf
-        limit = self._optimizer_settings.gradient_clipping
-        if limit and norm > limit and math.isfinite(norm):
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
-        return norm
+                dist.all_reduce(gradient_of(parameter), group=group)
 
     # ---------------------------------------------------------------- state
 
