@@ -71,7 +71,7 @@ _held: set[_Lock] = set()
 
 
 class _Lock:
-    """The lock file `path`, held; BlockingIOError where another holds it for so long, OSError where none can be made."""
+    """The lock file `path`, held; BlockingIOError where another has it for so long, OSError where none can be made."""
 
     def __init__(self, path: Path, *, passing: bool, wait_seconds: float) -> None:
         self._path, self._passing, self._deadline = path, passing, time.monotonic() + wait_seconds
