@@ -189,7 +189,7 @@ def test_real_ranks_compute_what_transformers_does_and_give_it_back(tmp_path: Pa
 
     def logits(variant: str, ids_BL: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            found: torch.Tensor = loaded(tmp_path / variant)(ids_BL).logits
+            found: torch.Tensor = loaded(tmp_path / "ours" / variant)(ids_BL).logits
         return found
 
     through_real_ranks(tmp_path, cases, logits)

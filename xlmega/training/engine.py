@@ -441,8 +441,11 @@ class Engine:
         if self.runtime.zero_stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-            read = safe_get_local_fp32_param if kind == "weight" else safe_get_local_optimizer_state
-            part = (read(parameter) if kind == "weight" else read(parameter, kind)).detach().float()
+            part = safe_get_local_fp32_param(parameter).detach().float()
+            if kind != "weight":
+                # Before the first step that updated anything there are no moments yet.
+                state = safe_get_local_optimizer_state
+                part = state(parameter, kind).detach().float() if self._stepped else torch.zeros_like(part)
             return len(part) * parallel_state.get_data_parallel_rank(), part
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # what safe_get_full_* reads (DeepSpeed 0.19.8)
         if mapping is None:
