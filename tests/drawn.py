@@ -1,4 +1,4 @@
-"""Models with random values everywhere, held in memory: no bias or norm can be forgotten unseen."""
+"""Models held in memory, and such with random values everywhere: no bias or norm can be forgotten unseen."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from xlmega.models.config import ModelConfig
 from xlmega.weights.names import logical_shapes
 
 
-class Drawn:
-    """A LogicalTensors of any config; counts how often it is read."""
+class Held:
+    """A source of these tensors by logical name; counts how often one is read."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0, std: float = 0.15) -> None:
-        self.config, self.num_read = config, 0
-        draw = torch.Generator().manual_seed(seed)
-        self.tensors = {
-            name: torch.randn(shape, generator=draw) * std + ("norm.weight" in name)
-            for name, shape in logical_shapes(config).items()
-        }
+    def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
+        self.config, self.tensors, self.num_read = config, tensors, 0
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -28,3 +23,17 @@ class Drawn:
     def read(self, name: str) -> torch.Tensor:
         self.num_read += 1
         return self.tensors[name]
+
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        return self.tensors[name][slices]
+
+
+class Drawn(Held):
+    """A source of any config."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, std: float = 0.15) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        shapes = logical_shapes(config).items()
+        super().__init__(
+            config, {name: torch.randn(n, generator=draw) * std + ("norm.weight" in name) for name, n in shapes}
+        )

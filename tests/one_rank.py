@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -47,26 +48,28 @@ def uneven_weights(model: ModelConfig, seed: int = 3) -> dict[str, torch.Tensor]
     return tensors
 
 
-def built(model: ModelConfig, *, recompute: str = "none") -> tuple[Decoder, dict[str, torch.Tensor]]:
-    """A decoder and its weights."""
-    config = transformer_config(model, Layout(), dtype=torch.float32, on_cpu=True)
-    decoder = Decoder(model, config, recompute=recompute)
+def built(model: ModelConfig, **how: Any) -> tuple[Decoder, dict[str, torch.Tensor]]:
+    """A decoder, built as the words for it say, and its weights."""
+    decoder = Decoder(model, transformer_config(model, Layout(), dtype=torch.float32, on_cpu=True), **how)
     tensors = uneven_weights(model)
     for shard, parameter in shards_of([decoder], model, 0, 1):
         parameter.data.copy_(tensors[shard.name])
     return decoder, tensors
 
 
-def batch_of(model: ModelConfig, windows: int = 4, length: int = 17) -> MicroBatch:
+def batch_of(
+    model: ModelConfig, windows: int = 4, length: int = 17, slots: tuple[int, ...] | None = None
+) -> MicroBatch:
     """Arbitrary ids and weights."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.vocab_size, (windows, length + 1), generator=generator)
-    return MicroBatch(ids[:, :-1], ids[:, 1:], torch.rand(windows, length, generator=generator))
+    return MicroBatch(ids[:, :-1], ids[:, 1:], torch.rand(windows, length, generator=generator), slots)
 
 
 def part(batch: MicroBatch, rows: slice) -> MicroBatch:
     """Some of the windows."""
-    return MicroBatch(batch.tokens_BL[rows], batch.targets_BL[rows], batch.weights_BL[rows])
+    slots = None if batch.slots is None else batch.slots[rows]
+    return MicroBatch(batch.tokens_BL[rows], batch.targets_BL[rows], batch.weights_BL[rows], slots)
 
 
 def gradients(decoder: Decoder, *batches: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backpack_reference import reference_parts, reference_senses
+from drawn import Held
 from one_rank import uneven_weights
 
 from xlmega.analysis import sense_reports, senses
@@ -27,27 +28,12 @@ pytestmark = pytest.mark.torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Source:
-    """A tiny nanoBackpack over the vocabulary of the made corpus."""
-
-    def __init__(self) -> None:
-        sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_heads": 4, "vocab_size": 803}
-        self.config = model_config(preset="nano_backpack_mini_4", max_positions=32, init_std=0.15, **sizes)
-        self.tensors = uneven_weights(self.config)
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-
 @functools.cache
-def source() -> Source:
-    return Source()
+def source() -> Held:
+    """A tiny nanoBackpack over the vocabulary of the made corpus."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_heads": 4, "vocab_size": 803}
+    config = model_config(preset="nano_backpack_mini_4", max_positions=32, init_std=0.15, **sizes)
+    return Held(config, uneven_weights(config))
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +152,7 @@ def test_steering_multiplies_senses(book: SenseBook, words: list[tuple[str, str]
 
 
 def test_a_model_without_senses_is_refused(vocabulary: Vocabulary) -> None:
-    other = Source()
-    other.config = model_config(preset="nano_gpt_mini", vocab_size=803)
+    other = Held(model_config(preset="nano_gpt_mini", vocab_size=803), {})
     with pytest.raises(ConfigError, match="has no senses: its family is 'gpt'"):
         SenseBook(other, vocabulary)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from backpack_reference import Parts, reference_parts
+from drawn import Held
 from one_rank import uneven_weights
 from round_trips import through_real_ranks
 from safetensors.torch import load_file, save_file
@@ -34,21 +35,9 @@ MODELS = {
 }
 
 
-class Source:
+def uneven(config: ModelConfig) -> Held:
     """A model with uneven weights in memory."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self.tensors = uneven_weights(config)
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    return Held(config, uneven_weights(config))
 
 
 @functools.cache
@@ -57,8 +46,8 @@ def ids() -> torch.Tensor:
 
 
 @functools.cache
-def source_and_parts(variant: str) -> tuple[Source, Parts]:
-    source = Source(MODELS[variant])
+def source_and_parts(variant: str) -> tuple[Held, Parts]:
+    source = uneven(MODELS[variant])
     return source, reference_parts(source.config, source.tensors, ids())
 
 
@@ -183,7 +172,7 @@ def test_real_ranks_compute_what_transformers_does_and_give_it_back(tmp_path: Pa
     cases = {}
     for variant, config in MODELS.items():
         deeper = dataclasses.replace(config, num_layers=6 - (variant == "nano"))  # pp 1, 2, 3 and 6 stages
-        export_huggingface(Source(deeper), tmp_path / "ours" / variant, vocabulary_folder=None)
+        export_huggingface(uneven(deeper), tmp_path / "ours" / variant, vocabulary_folder=None)
         loaded(tmp_path / "ours" / variant).save_pretrained(tmp_path / variant)
         cases |= {f"{variant}_{name}": {"model": variant, **sizes} for name, sizes in layouts.items()}
 

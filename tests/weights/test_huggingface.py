@@ -16,6 +16,7 @@ import pytest
 import theirs
 import torch
 import transformers
+from drawn import Drawn
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 
@@ -35,7 +36,7 @@ from xlmega.weights.huggingface import (
     tokenizer_files,
     verify_huggingface,
 )
-from xlmega.weights.names import LogicalTensors, logical_shapes
+from xlmega.weights.names import LogicalTensors
 
 pytestmark = pytest.mark.torch
 
@@ -68,30 +69,6 @@ LLAMA = model_config(
     preset="llama_tiny", hidden_size=64, num_heads=8, head_dim=16, num_kv_heads=2, ffn_hidden_size=80, **SIZES
 )
 CONFIGS = {"xglm": XGLM, "small": SMALL, "mini": MINI, "gpt2": GPT2, "neox": NEOX, "bloom": BLOOM, "llama": LLAMA}
-
-
-class Drawn:
-    """A model with random values everywhere, so that no bias or norm can be forgotten unseen."""
-
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self.config = config
-        generator = torch.Generator().manual_seed(seed)
-        self.tensors = {
-            name: torch.randn(shape, generator=generator) * 0.2 + ("norm.weight" in name)
-            for name, shape in logical_shapes(config).items()
-        }
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        return self.tensors[name][slices]
 
 
 def tensors_of(source: LogicalTensors) -> dict[str, torch.Tensor]:

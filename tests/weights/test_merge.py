@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import Held
 
 from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.models.config import ModelConfig, model_config
@@ -29,25 +30,16 @@ CONFIG = model_config(
 )
 
 
-class Drawn:
+class Drawn(Held):
     """A model with values of every magnitude that fp32 has."""
 
     def __init__(self, seed: int, config: ModelConfig = CONFIG) -> None:
-        self.config = config
         draw = np.random.default_rng(seed)
-        self.tensors = {
+        tensors = {
             name: torch.tensor(draw.standard_normal(shape) * 10.0 ** draw.uniform(-44, 38, shape), dtype=torch.float32)
             for name, shape in logical_shapes(config).items()
         }
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+        super().__init__(config, tensors)
 
 
 def test_the_mean_of_copies_is_the_model_bit_for_bit() -> None:
