@@ -81,6 +81,13 @@ def main() -> None:
         raise ConfigError("--world_size plans a --dry_run; the ranks of a real run are counted by its launcher.")
     if not 0 < args.rendezvous_timeout_seconds < 1e8:
         raise ConfigError(f"--rendezvous_timeout_seconds {args.rendezvous_timeout_seconds} is not a time to wait.")
+    settings = SupervisionSettings(
+        args.hang_timeout_seconds,
+        args.silent_seconds,
+        args.check_replicas_every_steps,
+        args.prometheus,
+        args.straggler_seconds,
+    )
     check_trackers(wandb=bool(args.wandb), tensorboard=args.tensorboard)
     process = groups.discover(os.environ, master_port=args.master_port)
     world_size = process.world_size
@@ -119,18 +126,12 @@ def main() -> None:
             f"{groups.device_name(device)} started by {process.launcher}; waiting for {world_size} ranks",
             flush=True,
         )
-    settings = SupervisionSettings(
-        args.hang_timeout_seconds,
-        args.silent_seconds,
-        args.check_replicas_every_steps,
-        args.prometheus,
-        args.straggler_seconds,
-    )
-    with groups.joined(process, layout, timeout_seconds=args.rendezvous_timeout_seconds):
+    wait, silence = args.rendezvous_timeout_seconds, settings.longest_silence_seconds
+    with groups.joined(process, layout, timeout_seconds=wait, collective_timeout_seconds=silence):
         store = groups.meeting_store(process, "supervision")
         with contextlib.ExitStack() as held:
             watch = held.enter_context(Supervisor(settings, store, run.output, process))
-            check_ranks(run, groups.meeting_store(process, "preflight"), device)
+            check_ranks(run, groups.meeting_store(process, "preflight"), device, args)
             execute(run, recorded, process, device, args, watch, held)
 
 
@@ -152,10 +153,18 @@ def shrunk(
     return replace(process, world_size=fits), fits
 
 
-def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device) -> None:
+# Options with which ranks that were started by hand, node by node, would wait for each other where they differ. The
+# layout is compared before they meet, and what the files hold in their hashes.
+_SAME_FOR_ALL = (
+    "recompute", "resume", "stop_at", "save_asynchronously", "hang_timeout_seconds", "check_replicas_every_steps"
+)  # fmt: skip
+
+
+def check_ranks(run: Run, store: torch.distributed.Store, device: torch.device, args: argparse.Namespace) -> None:
     """Refuse ranks that differ, before anything is built; rank 0 says what is merely worth knowing."""
     needs = 12.0 * run.recipe.model.num_parameters()  # fp32 weights and two moments
-    for remark in preflight(store, run.identity(), run.output, device, needs_bytes=needs):
+    facts = run.identity() | {f"--{name}": str(getattr(args, name)) for name in _SAME_FOR_ALL}
+    for remark in preflight(store, facts, run.output, device, needs_bytes=needs):
         if torch.distributed.get_rank() == 0:
             print(f"note: {remark}", flush=True)
 
@@ -183,6 +192,7 @@ def execute(
         raise DataError(damaged[0])
     if args.resume:
         occupy(run, held, resume=True, recorded=recorded)
+        watch.stop.begin()
     found = newest(run.output, say) if args.resume else None
     weights = None if found else first_weights(run.recipe)
     first_step = found.step if found else 0
@@ -214,6 +224,7 @@ def execute(
         return
     if not args.resume:
         occupy(run, held, resume=False)
+        watch.stop.begin()
     if speaker:
         create_output(run)
     metrics = (

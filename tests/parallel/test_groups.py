@@ -48,6 +48,37 @@ def test_srun() -> None:
     assert discover(script).launcher == "single"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("", ""), ("n1,n2", "n1"), ("gpu[7,9]-ib,x", "gpu7-ib"), ("rack[0-1]node[02-3],x1", "rack0node02")],
+)
+def test_the_first_of_slurms_nodes(nodes: str, first: str) -> None:
+    assert groups._first_slurm_node(nodes) == first
+
+
+def test_srun_that_speaks_pmi_2_is_not_mpirun() -> None:
+    """Its ranks would all be local rank 0, on one GPU; an mpirun that srun started sets the local rank itself."""
+    pmi = {"PMI_RANK": "3", "PMI_SIZE": "4"}
+    assert discover({**SRUN, **pmi}) == discover(SRUN)
+    started_by_srun = {**SRUN, **pmi, "MPI_LOCALRANKID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    assert discover(started_by_srun) == Process(3, 4, 0, "gpu003", 29623, "mpirun")
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "1"}, "RANK=1 is set without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without RANK"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, "SLURM_NTASKS=2 is set without SLURM_PROCID"),
+    ],
+)
+def test_half_of_what_a_launcher_sets_is_not_one_process(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        discover(environ)
+    assert caught.value.of_one_rank
+    assert discover({**SRUN, "WORLD_SIZE": "2"}) == discover(SRUN)  # exported for something else: srun tells all
+
+
 def test_mpirun() -> None:
     assert discover(MPIRUN) == Process(2, 4, 0, "n7", 29500, "mpirun")
     hydra = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MASTER_ADDR": "n7"}
@@ -80,8 +111,16 @@ def test_single_process_and_a_port_of_ones_own() -> None:
     ],
 )
 def test_an_environment_that_cannot_be(changes: dict[str, str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
         discover({**TORCHRUN, **changes})
+    assert caught.value.of_one_rank  # the others may be told of nothing wrong
+
+
+@pytest.mark.parametrize("environ", [{}, TORCHRUN])
+def test_a_master_port_that_is_none(environ: dict[str, str]) -> None:
+    for port in (0, -5, 65536):
+        with pytest.raises(ConfigError, match=f"master port {port} is not a port"):
+            discover(environ, master_port=port)
 
 
 def test_local_rank_before_anything_is_known_to_be_right() -> None:
@@ -132,6 +171,16 @@ def test_ranks_that_never_come_are_named_by_all_that_came() -> None:
     words = f"2 of 4 ranks did not come to 127.0.0.1:{port} in 2 s: rank 1, 3. Look at their logs, or wait longer with"
     for said in together((0, 4, port, 2.0), (2, 4, port, 60.0)):  # rank 2 would wait longer, but it is over
         assert said == f"{words} --rendezvous_timeout_seconds."
+
+
+def test_ranks_that_were_told_of_other_numbers_or_layouts_are_named_at_once() -> None:
+    began, port = time.monotonic(), free_port()
+    for said in together((0, 2, port, 60.0), (1, 3, port, 60.0), late_seconds=0.3):
+        assert said.startswith("rank 1 on ") and "was started for 3 ranks, but rank 0 on " in said
+    port = free_port()
+    for said in together((0, 3, port, 60.0), (1, 3, port, 60.0), (1, 3, port, 60.0), late_seconds=0.3):
+        assert "rank 1 on" in said and "comes twice" in said and "another run may use the same port" in said
+    assert time.monotonic() - began < 30
 
 
 def test_many_missing_ranks_are_counted() -> None:

@@ -101,3 +101,5 @@ def test_elastic_takes_the_most_ranks_that_share_every_batch() -> None:
         LayoutError, match=r"--elastic: of 1 ranks no number shares batches of 16 .* so 2 are the least"
     ):
         fitting(1, **how, batches=[16])
+    with pytest.raises(LayoutError, match="tp=0: sizes start at 1"):
+        fitting(1, **{**how, "tp": 0}, batches=[16])

@@ -33,6 +33,7 @@ def attempts(rank: int, folder: Path) -> dict[str, Any]:
         same = {"code": preflight.code_hash(), "recipe": "r", "torch": torch.__version__}
         attempt("healthy", same, folder / "run" / "deep")
         attempt("version", {**same, "torch": "1.0" if rank == 1 else "2.0"}, folder)
+        attempt("package", {**same, "apex": "0.1"} if rank == 1 else same, folder)
         attempt("disk", same, folder, needs_bytes=1e18)
         own = folder / f"own{rank}"
         own.mkdir()
@@ -55,6 +56,7 @@ def test_each_fault_is_named_with_its_rank(tmp_path: Path) -> None:
         assert isinstance(found["healthy"], list) and not any("clock" in remark for remark in found["healthy"])
         for name, words in {
             "version": ("rank 1 on", "torch is 1.0, but 2.0 on the other 2 of 3"),
+            "package": ("rank 1 on", "apex is 0.1, but none on the other 2 of 3"),
             "disk": ("rank 0, 1, 2 on", "one checkpoint takes 1000000000.00 GB"),
             "shared": ("rank 1, 2 on", "is not what rank 0 sees there", "shared disk"),
             "device": ("rank 1 on", "entries of a product are wrong", "Take that node out"),

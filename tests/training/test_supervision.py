@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launched import Ranks, losses
+from torch.distributed import HashStore
 
-from xlmega.errors import ConfigError
+from xlmega.errors import CheckpointError, ConfigError
+from xlmega.parallel.groups import Process
 from xlmega.training.checkpoint import list_checkpoints
-from xlmega.training.supervision import SupervisionSettings, prometheus
+from xlmega.training.supervision import SupervisionSettings, Supervisor, prometheus
 
 pytestmark = pytest.mark.multiprocess
 
@@ -85,6 +88,40 @@ def test_settings_that_cannot_be_kept_are_refused() -> None:
     for settings in ({"hang_timeout_seconds": -1.0}, {"silent_seconds": 0.0}, {"check_replicas_every_steps": -1}):
         with pytest.raises(ConfigError, match="--"):
             SupervisionSettings(**settings)  # type: ignore[arg-type]
+    for hang_seconds in (30.0, 900.0, 1e7):
+        assert SupervisionSettings(hang_seconds).longest_silence_seconds > hang_seconds + 60
+    assert SupervisionSettings(0.0).longest_silence_seconds > 3600
+
+
+def alone(run: Path, **settings: Any) -> Supervisor:
+    process = Process(0, 1, 0, "127.0.0.1", 1, "test")
+    return Supervisor(SupervisionSettings(hang_timeout_seconds=0.0, **settings), HashStore(), run, process)
+
+
+def test_a_start_leaves_the_stop_file_until_the_run_directory_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    with alone(tmp_path) as watch:
+        assert (tmp_path / "stop").exists()  # meant for the run that lives there; this start may be refused
+        watch.stop.begin()
+        assert not (tmp_path / "stop").exists() and not watch.stop.pending()
+    (tmp_path / "stop").mkdir()
+    with alone(tmp_path) as watch, pytest.raises(CheckpointError, match="is a folder, but a file of that name asks"):
+        watch.stop.begin()
+
+
+def test_files_of_a_monitor_that_cannot_be_kept_are_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xlmega.training.supervision.HEARTBEAT_SECONDS", 0.0)
+    (tmp_path / "heartbeat.json").mkdir()
+    engine: Any = None
+    with alone(tmp_path, prometheus=True) as watch:
+        told = [watch.done(step, engine, {"loss": 1.0}) for step in (1, 2)]
+        (tmp_path / "heartbeat.json").rmdir()
+        told += [watch.done(step, engine, {"loss": 1.0}) for step in (3, 4)]
+    assert "heartbeat.json' cannot be written: Is a directory" in told[0] and told[1:] == ["", "", ""]
+    assert "xlmega_loss" in (tmp_path / "metrics.prom").read_text()
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 4
 
 
 def test_prometheus_text_has_a_gauge_for_each_figure_and_language() -> None:

@@ -66,6 +66,27 @@ def test_a_hang_names_the_rank_that_is_elsewhere(tmp_path: Path, capsys: pytest.
     )
 
 
+def test_a_disk_that_takes_no_stacks_does_not_keep_ranks_from_ending(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server that goes down is what hangs a run, and what its stacks would be written to."""
+    (tmp_path / "run").write_text("a file where the folder of stacks should be")
+    ranks = Ranks(tmp_path / "run", 2, timeout_seconds=1.0)
+    for dog in ranks.dogs:
+        dog.__enter__()
+    assert ranks.all_ended.wait(60)
+    assert ranks.ended == dict.fromkeys(range(2), HangError.exit_code)
+    assert "cannot be written (File exists)" in capsys.readouterr().err
+    never = threading.Event()
+    monkeypatch.setattr(Watchdog, "_write_stacks", lambda self: never.wait())
+    ranks = Ranks(tmp_path / "run", 2, timeout_seconds=1.0)
+    for dog in ranks.dogs:
+        dog.__enter__()
+    assert ranks.all_ended.wait(60)
+    never.set()
+    assert "(its disk does not answer)" in capsys.readouterr().err
+
+
 def test_a_silent_rank_is_named_by_its_neighbour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = Ranks(tmp_path, 3, silent_seconds=1.0)
     ranks.dogs[1]._publish()  # it beats once and never again, as a stopped process

@@ -9,6 +9,8 @@ after `timeout_seconds`; and where there is no CUDA, Megatron-core's few calls t
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import re
 import socket
@@ -60,25 +62,56 @@ def discover(environ: Mapping[str, str], *, master_port: int | None = None) -> P
 
     An sbatch script's own shell has SLURM_* variables too: only a task of srun has SLURM_STEP_ID.
     """
+    if master_port is not None and not 0 < master_port < 65536:
+        raise ConfigError(f"master port {master_port} is not a port: those are 1 to 65535.")
     for launcher, rank, world, local in _LAUNCHERS:
-        if rank not in environ or world not in environ or (launcher == "srun" and "SLURM_STEP_ID" not in environ):
+        if not _started_by(launcher, local, environ) or (rank not in environ and world not in environ):
+            continue
+        if rank not in environ or world not in environ:
+            there, missing = (rank, world) if rank in environ else (world, rank)
+            if rank == "SLURM_PROCID" or not _is_a_task(environ):  # else srun tells what a half-set pair does not
+                raise _of_this_rank(
+                    f"{there}={environ[there]} is set without {missing}, so how many ranks there are, or which of "
+                    f"them this is, is not known. Set both, as launchers do, or neither to train in one process."
+                )
             continue
         try:
             numbers = int(environ[rank]), int(environ[world]), int(environ.get(local, "0"))
             if not 0 <= numbers[0] < numbers[1]:
                 raise ValueError("ranks count from 0 to one less than the world's size")
-            port = master_port or int(environ.get("MASTER_PORT", _default_port(environ)))
+            port = int(environ.get("MASTER_PORT") or _default_port(environ)) if master_port is None else master_port
         except ValueError as error:
-            told = [f"{name}={environ[name]}" for name in (rank, world, local, "MASTER_PORT") if name in environ]
-            raise ConfigError(f"{launcher} set {', '.join(told)}: {error}.") from None
+            names = (rank, world, local, "MASTER_PORT", "SLURM_JOB_ID")
+            told = [f"{name}={environ[name]}" for name in names if name in environ]
+            raise _of_this_rank(f"{launcher} set {', '.join(told)}: {error}.") from None
         if not 0 < port < 65536:
-            raise ConfigError(f"master port {port} is not a port: those are 1 to 65535.")
+            raise _of_this_rank(f"master port {port} is not a port: those are 1 to 65535.")
         address = environ.get("MASTER_ADDR") or _first_slurm_node(environ.get("SLURM_STEP_NODELIST", ""))
         if launcher == "mpirun" and not address:
             address = _address_through_mpi()
         name = "deepspeed" if launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in environ else launcher
         return Process(*numbers, address or "127.0.0.1", port, name)
     return Process(0, 1, 0, "127.0.0.1", master_port or _free_port(), "single")
+
+
+def _is_a_task(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process, or what started it."""
+    return "SLURM_STEP_ID" in environ
+
+
+def _started_by(launcher: str, local: str, environ: Mapping[str, str]) -> bool:
+    """Whether the variables of a launcher, where they are set, are its own."""
+    if launcher == "srun":
+        return _is_a_task(environ)
+    # Where a site's srun speaks PMI-2 it sets PMI_RANK too, but the local rank only in its own variable.
+    return local != "MPI_LOCALRANKID" or local in environ or not _is_a_task(environ)
+
+
+def _of_this_rank(words: str) -> ConfigError:
+    """An error that the other ranks need not have, so this one tells it."""
+    error = ConfigError(words)
+    error.of_one_rank = True
+    return error
 
 
 def local_rank(environ: Mapping[str, str]) -> int:
@@ -93,9 +126,9 @@ def _default_port(environ: Mapping[str, str]) -> int:
 
 
 def _first_slurm_node(node_list: str) -> str:
-    """'gpu[003-004,9],x1' -> 'gpu003'."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+))?", node_list)
-    return (match[1] + (match[2] or "")) if match else ""
+    """'gpu[003-004,9],x1' -> 'gpu003'; 'rack[0-1]node[2-3]-ib' -> 'rack0node2-ib'."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 def _address_through_mpi() -> str:
@@ -124,12 +157,10 @@ def device_of(process: Process) -> torch.device:
     if count == 1 and process.launcher == "srun":  # --gpus-per-task=1: each task is shown its own
         return torch.device("cuda", 0)
     if process.local_rank >= count:
-        error = ConfigError(
+        raise _of_this_rank(
             f"local rank {process.local_rank} has no GPU: this node shows {count}. "
             "Start at most that many ranks per node, or set DS_ACCELERATOR=cpu."
         )
-        error.of_one_rank = True
-        raise error
     return torch.device("cuda", process.local_rank)
 
 
@@ -139,8 +170,18 @@ def device_name(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
-    """The groups of a run for the length of a `with` block; all ranks must enter. Gives the device to work on."""
+def joined(
+    process: Process,
+    layout: Layout,
+    *,
+    timeout_seconds: float = 600.0,
+    collective_timeout_seconds: float = 600.0,
+) -> Iterator[torch.device]:
+    """The groups of a run for the length of a `with` block; all ranks must enter. Gives the device to work on.
+
+    `timeout_seconds` is how long ranks await each other at the start. Whoever watches over the run gives
+    `collective_timeout_seconds` above his own limits, since what torch does at its end names nobody.
+    """
     device = device_of(process)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed guesses from what is installed, not from what there is
@@ -152,14 +193,14 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
     for name, value in (("RANK", process.rank), ("WORLD_SIZE", process.world_size), ("LOCAL_RANK", process.local_rank)):
         os.environ[name] = str(value)  # DeepSpeed reads them whatever the launcher
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap of communication counts on it
-    store = _roll_call(process, timeout_seconds)
+    store = _roll_call(process, timeout_seconds, layout.describe())
     with _connecting(process, timeout_seconds):
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore("xlmega", store),
             rank=process.rank,
             world_size=process.world_size,
-            timeout=timedelta(seconds=max(timeout_seconds, 60.0)),
+            timeout=timedelta(seconds=max(collective_timeout_seconds, 60.0)),
         )
         from megatron.core import parallel_state
 
@@ -167,7 +208,7 @@ def joined(process: Process, layout: Layout, *, timeout_seconds: float = 600.0) 
             layout.tp,
             layout.pp,
             layout.virtual_stages if layout.virtual_stages > 1 else None,
-            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+            distributed_timeout_minutes=math.ceil(max(collective_timeout_seconds, 60.0) / 60),
         )
     try:
         yield device
@@ -205,11 +246,15 @@ def _connecting(process: Process, timeout_seconds: float) -> Iterator[None]:
 def _ranks_on_this_node(process: Process) -> int:
     told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     told = told or os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    return int(told) if told and told.isdigit() else process.world_size
+    return max(1, int(told)) if told and told.isdigit() else process.world_size
 
 
-def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
-    """A store in which every rank has written its name; a RendezvousError that names those that did not."""
+def _roll_call(process: Process, timeout_seconds: float, layout: str = "") -> dist.Store:
+    """A store in which every rank has written its name; a RendezvousError that names those that did not.
+
+    Ranks that were told of other numbers, or one that comes twice, would wait for each other without end: it is told
+    which, with the code of what starting again does not help.
+    """
     place = f"{process.master_addr}:{process.master_port}"
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + timeout_seconds
@@ -228,28 +273,47 @@ def _roll_call(process: Process, timeout_seconds: float) -> dist.Store:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"roll_call_{attempt}", store)
     try:
-        store.set(str(process.rank), socket.gethostname())
-        store.add("arrived", 1)
-        while store.add("arrived", 0) < process.world_size:
+        if problem := _disagreement(store, process, layout):
+            store.set("gave_up", json.dumps([problem, ConfigError.exit_code]))
+        else:
+            store.add("arrived", 1)
+        while problem or store.add("arrived", 0) < process.world_size or store.check(["gave_up"]):
             if time.monotonic() > deadline and not store.check(["gave_up"]):
                 missing = [rank for rank in range(process.world_size) if not store.check([str(rank)])]
-                store.set(
-                    "gave_up",
+                words = (
                     f"{len(missing)} of {process.world_size} ranks did not come to {place} in {timeout_seconds:g} s: "
                     f"rank {', '.join(map(str, missing[:16]))}{' ...' if len(missing) > 16 else ''}. "
-                    "Look at their logs, or wait longer with --rendezvous_timeout_seconds.",
+                    "Look at their logs, or wait longer with --rendezvous_timeout_seconds."
                 )
+                store.set("gave_up", json.dumps([words, RendezvousError.exit_code]))
             if store.check(["gave_up"]):  # one that gives up ends the run: all say why
-                words = store.get("gave_up").decode()
+                words, code = json.loads(store.get("gave_up"))
                 if process.rank == 0:
                     time.sleep(0.5)  # the store is here, and the others are reading it
-                raise RendezvousError(words)
+                error = RendezvousError(words)
+                error.exit_code = code
+                raise error
             time.sleep(0.05)
     except dist.DistError:
         raise RendezvousError(
             f"rank {process.rank} reached rank 0 at {place}, but it left before all ranks had come. Look at its log."
         ) from None
     return store
+
+
+def _disagreement(store: dist.Store, process: Process, layout: str) -> str:
+    """What keeps this rank from meeting the others, '' for nothing; puts its name into the store."""
+    me = f"rank {process.rank} on {socket.gethostname()}"
+    mine = f"{process.world_size} ranks{layout and f' as {layout}'}"
+    told = store.compare_set("agreed", "", f"{mine} ({me})").decode()
+    if told.rpartition(" (")[0] != mine:
+        first, _, who = told.rpartition(" (")
+        return f"{me} was started for {mine}, but {who[:-1]} for {first}. Start all with the same command."
+    if store.add(f"came/{process.rank}", 1) > 1:
+        first = store.get(str(process.rank)).decode()
+        return f"{me} comes twice: {first} is here already. Start each once; another run may use the same port."
+    store.set(str(process.rank), f"process {os.getpid()} on {socket.gethostname()}")
+    return ""
 
 
 def meeting_store(process: Process, name: str, *, timeout_seconds: float = 60.0) -> dist.Store:

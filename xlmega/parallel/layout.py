@@ -44,9 +44,7 @@ def choose(
     world_size: int, *, tp: int = 1, pp: int = 1, virtual_stages: int = 1, sequence_parallel: bool = False
 ) -> Layout:
     """The layout of `world_size` ranks with the asked sizes; what is left is data-parallel."""
-    for name, value in (("world_size", world_size), ("tp", tp), ("pp", pp), ("virtual_stages", virtual_stages)):
-        if value < 1:
-            raise LayoutError(f"{name}={value}: sizes start at 1.")
+    _check_sizes(world_size=world_size, tp=tp, pp=pp, virtual_stages=virtual_stages)
     if world_size % (tp * pp):
         raise LayoutError(
             f"tp={tp} x pp={pp} needs a multiple of {tp * pp} ranks, but WORLD_SIZE is {world_size}.\n"
@@ -66,6 +64,7 @@ def fitting(
 
     What a job that gets other nodes than before trains on: the batch, and with it the loss curve, stays.
     """
+    _check_sizes(world_size=world_size, tp=tp, pp=pp, virtual_stages=virtual_stages)
     sizes = sorted(set(batches))
     for dp in range(world_size // (tp * pp), 0, -1):
         counts = [divmod(size, dp * micro_batch_windows) for size in sizes]
@@ -75,6 +74,12 @@ def fitting(
         f"--elastic: of {world_size} ranks no number shares batches of {spell(sizes)} windows in micro-batches of "
         f"{micro_batch_windows} with tp={tp} x pp={pp}. tp and pp stay as given, so {tp * pp} are the least."
     )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise LayoutError(f"{name}={value}: sizes start at 1.")
 
 
 def _nearest_sizes(world_size: int, tp: int, pp: int) -> str:

@@ -100,7 +100,7 @@ def try_device(device: torch.device) -> tuple[str, float]:
 
 def _problems(told: list[dict[str, Any]], needs_bytes: float, place: Path) -> Iterator[str]:
     size = len(told)
-    for name in told[0]["facts"]:
+    for name in dict.fromkeys(name for one in told for name in one["facts"]):
         values = [one["facts"].get(name, "none") for one in told]
         usual, count = Counter(values).most_common(1)[0]
         if count < size:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from xlmega.errors import StoppedError
+from xlmega.errors import CheckpointError, StoppedError
 
 _ASKED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
@@ -39,8 +39,6 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if self._stop_file is not None:
-            self._stop_file.unlink(missing_ok=True)  # meant for a run that has ended since
         for number in _ASKED_BY:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -48,6 +46,20 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def begin(self) -> None:
+        """The run directory is this run's: a file that asks for an end there was meant for one that has ended since.
+
+        Not before: a start that is refused must not take away what is meant for the run that lives.
+        """
+        if self._stop_file is None:
+            return
+        try:
+            self._stop_file.unlink(missing_ok=True)
+        except IsADirectoryError:
+            error = CheckpointError(f"'{self._stop_file}' is a folder, but a file of that name asks to stop. Move it.")
+            error.of_one_rank = True
+            raise error from None
 
     def pending(self) -> bool:
         """Whether this rank wants the run to stop; looks for the file at most once a second."""

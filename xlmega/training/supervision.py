@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -56,6 +56,11 @@ class SupervisionSettings:
                 f"--check_replicas_every_steps {self.check_replicas_every_steps} is negative; 0 never compares."
             )
 
+    @property
+    def longest_silence_seconds(self) -> float:
+        """After which the watch has told of any hang, and torch may end the run in its own words; a day without one."""
+        return 2 * (self.hang_timeout_seconds + self.silent_seconds) if self.hang_timeout_seconds else 86_400.0
+
 
 class Supervisor:
     """Use as a context manager around the training of a run, in the main thread of every rank."""
@@ -83,6 +88,7 @@ class Supervisor:
             if settings.hang_timeout_seconds
             else None
         )
+        self._troubled = False
         self._wrote, self._compared = float("-inf"), time.monotonic()
         self._stack = ExitStack()
 
@@ -107,7 +113,7 @@ class Supervisor:
     def done(self, step: int, engine: Engine, record: Mapping[str, Any] | None) -> str:
         """`step` updates are done; `record` is what metrics told of the last (rank 0's).
 
-        What rank 0 has to say of slow ranks, now and then; '' for nothing.
+        What rank 0 has to say of slow ranks and of files that it cannot keep, now and then; '' for nothing.
         """
         if self._dog:
             self._dog.waits(engine.waited_seconds)
@@ -119,8 +125,8 @@ class Supervisor:
             check_replicas(engine, step)
         if self._speaker and record is not None and time.monotonic() - self._wrote >= HEARTBEAT_SECONDS:
             self._wrote = time.monotonic()
-            with suppress(OSError):  # a full disk is the checkpoint's to tell
-                self._tell(step, record)
+            if trouble := self._tell(step, record):
+                return trouble
         every_seconds = self.settings.straggler_seconds
         if not self._dog or not self._speaker or not every_seconds or time.monotonic() - self._compared < every_seconds:
             return ""
@@ -128,11 +134,20 @@ class Supervisor:
         waits, hosts, seconds = self._dog.waits_of_all()
         return in_words(waits, seconds, engine.layout, hosts) if len(waits) == engine.layout.world_size else ""
 
-    def _tell(self, step: int, record: Mapping[str, Any]) -> None:
+    def _tell(self, step: int, record: Mapping[str, Any]) -> str:
+        """Write what a monitor reads; what is wrong, in words, when it is wrong for the first time."""
         figures = {key: value for key, value in record.items() if isinstance(value, (int, float)) and isfinite(value)}
-        _replace(self._run / "heartbeat.json", json.dumps({"time": time.time(), "step": step, **figures}) + "\n")
+        texts = {"heartbeat.json": json.dumps({"time": time.time(), "step": step, **figures}) + "\n"}
         if self.settings.prometheus:
-            _replace(self._run / "metrics.prom", prometheus(self._run.name, step, record))
+            texts["metrics.prom"] = prometheus(self._run.name, step, record)
+        trouble = []
+        for name, text in texts.items():
+            try:
+                _replace(self._run / name, text)
+            except OSError as error:  # whether the run can go on is the checkpoint's to tell
+                trouble.append(f"'{self._run / name}' cannot be written: {error.strerror}")
+        news, self._troubled = bool(trouble) and not self._troubled, bool(trouble)
+        return f"note: {'; '.join(trouble)}. A monitor will not see this run." if news else ""
 
 
 def prometheus(run: str, step: int, record: Mapping[str, Any]) -> str:

@@ -85,6 +85,8 @@ class Watchdog:
         self._count = 0
         self._closing = threading.Event()
         self._verdict: dict[str, Any] | None = None
+        self._unwritten = ""
+        """Why this rank's stacks could not be written."""
         self._asks_since = 0.0
         """When the question began that the store has not answered yet; 0: none is open."""
         self._thread = threading.Thread(target=self._watch, name="xlmega-watchdog", daemon=True)
@@ -285,17 +287,27 @@ class Watchdog:
 
         `ask` whether another rank of this host speaks; where the store does not answer, each does.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file=file, all_threads=True)
+        writer = threading.Thread(target=self._write_stacks, name="xlmega-watchdog-stacks", daemon=True)
+        writer.start()
         if self._closing.wait(_GRACE_SECONDS):
             return
         if ask:
             self._await_readers()
         if not ask or self._speaks():
             stacks = f"Stacks of the ranks are in '{self._folder}'."
+            if writer.is_alive() or self._unwritten:
+                stacks = f"'{self._folder}' cannot be written ({self._unwritten or 'its disk does not answer'})."
             print(f"{_kind(verdict).__name__}: {_spell(verdict)} {stacks}", file=sys.stderr, flush=True)
         self._end(int(verdict["code"]))
+
+    def _write_stacks(self) -> None:
+        """In a thread of its own: the disk may be full, or be what hangs, and the process must end all the same."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as error:
+            self._unwritten = str(error.strerror)
 
     def _speaks(self) -> bool:
         """One rank of each host tells what all know; where the store is gone, each tells."""
