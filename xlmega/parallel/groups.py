@@ -290,9 +290,9 @@ def _roll_call(process: Process, timeout_seconds: float, layout: str = "") -> di
                 words, code = json.loads(store.get("gave_up"))
                 if process.rank == 0:
                     time.sleep(0.5)  # the store is here, and the others are reading it
-                error = RendezvousError(words)
-                error.exit_code = code
-                raise error
+                ended = RendezvousError(words)
+                ended.exit_code = code
+                raise ended
             time.sleep(0.05)
     except dist.DistError:
         raise RendezvousError(
