@@ -12,16 +12,20 @@ A cluster is a name (a100, h100, h200: nodes of eight) or a TOML file with keys 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
 from xlmega import config
+from xlmega.data.languages import id_space, roots_of
 from xlmega.errors import ConfigError, run_main
 from xlmega.parallel import groups
-from xlmega.parallel.layout import choose
+from xlmega.parallel.layout import choose, spell
 from xlmega.text.vocabulary import load_vocabulary
 from xlmega.training import planning
+from xlmega.training.outlook import report
 from xlmega.training.recipe import Recipe, read_recipe
 from xlmega.training.runtime import Runtime, read_runtime, runtime
 
@@ -54,19 +58,27 @@ def main() -> None:
     if args.calibrate:
         calibrate(args.calibrate, recipe, runtimes[0])
         return
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise ConfigError(f"--tokens {args.tokens:g} is not a number of tokens: give more than 0, as in 1e11.")
+    if args.show < 1:
+        raise ConfigError(f"--show {args.show}: at least the fastest way is shown, so 1 or more.")
     cluster = cluster_of(args)
-    batch, length = max(recipe.training.batch.values), recipe.data.sequence_length
-    found = planning.plans(recipe.model, runtimes, cluster, batch, length)
-    if args.tp or args.pp:
-        layout = choose(cluster.devices, tp=args.tp or 1, pp=args.pp or 1)
+    batches, length = recipe.training.batch.values, recipe.data.sequence_length
+    found = planning.plans(recipe.model, runtimes, cluster, batches, length)
+    if args.tp is not None or args.pp is not None:
+        tp, pp = (1 if size is None else size for size in (args.tp, args.pp))
+        layout = choose(cluster.devices, tp=tp, pp=pp)
         found = [one for one in found if (one.job.layout.tp, one.job.layout.pp) == (layout.tp, layout.pp)]
         if not found:
             raise ConfigError(
                 f"{layout.describe()} does not fit, or is not allowed. Without --tp and --pp see what is."
             )
     tokens = args.tokens or float(length * sum_of_windows(recipe))
-    print(f"{recipe.model.num_parameters():,} parameters, {batch} windows of {length} a step, {tokens:.3g} tokens")
-    for line in planning.report(found[: args.show], cluster, tokens):
+    words = f"{max(batches)} windows" + (" at most" if len(set(batches)) > 1 else "")
+    print(f"{recipe.model.num_parameters():,} parameters, {words} of {length} a step, {tokens:.3g} tokens")
+    if len(set(batches)) > 1:
+        print(f"note: steps are of {spell(sorted(set(batches)))} windows; times are of steps of {max(batches)}")
+    for line in report(found[: args.show], cluster, tokens):
         print(line)
 
 
@@ -76,8 +88,8 @@ def sized(recipe: Recipe) -> Recipe:
         return recipe
     if not recipe.data.root:
         raise ConfigError("how large is the vocabulary? Give --set model.vocab_size=N or --set data.root=FOLDER.")
-    size = load_vocabulary(Path(recipe.data.root) / "vocabulary").size
-    return replace(recipe, model=replace(recipe.model, vocab_size=size))
+    vocabularies = [load_vocabulary(root / "vocabulary") for root in roots_of(recipe.data)]
+    return replace(recipe, model=replace(recipe.model, vocab_size=id_space(recipe.data, vocabularies).size))
 
 
 def sum_of_windows(recipe: Recipe) -> int:
@@ -94,8 +106,8 @@ def cluster_of(args: argparse.Namespace) -> planning.Cluster:
         cluster = config.build(planning.Cluster, config.read_toml(Path(args.cluster)), what=args.cluster)
     else:
         raise ConfigError(f"no cluster '{args.cluster}'. It is {', '.join(planning.CLUSTERS)} or a file CLUSTER.toml.")
-    given = {name: getattr(args, name) for name in ("nodes", "devices_per_node") if getattr(args, name)}
-    return replace(cluster, **given)
+    given = {name: getattr(args, name) for name in ("nodes", "devices_per_node") if getattr(args, name) is not None}
+    return config.build(planning.Cluster, {**vars(cluster), **given}, what="cluster")
 
 
 def calibrate(output: Path, recipe: Recipe, how: Runtime) -> None:
@@ -104,8 +116,12 @@ def calibrate(output: Path, recipe: Recipe, how: Runtime) -> None:
 
     if output.exists():
         raise ConfigError(f"'{output}' exists. Choose another file.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"'{output}' cannot be written: there is no folder '{output.parent}'. Make it first.")
     process = groups.discover(os.environ)
     with groups.joined(process, choose(process.world_size)) as device:
+        if len(hosts := set(groups.words_of_all(socket.gethostname()))) > 1:
+            raise ConfigError(f"--calibrate measures one node, but ranks are on {', '.join(sorted(hosts))}. Start one.")
         told = calibration.calibrate(recipe.model, how, recipe.data.sequence_length, device)
         if process.rank == 0:
             lines = [f"devices_per_node = {process.world_size}", f"on_gpu = {str(device.type == 'cuda').lower()}"]

@@ -1,4 +1,4 @@
-"""What a run will need: memory of the fullest rank by part, seconds of a step by part, days and cost to the last token.
+"""What a run will need: memory of the fullest rank by part and seconds of a step by part, and the ways to run it.
 
 In come a model, a layout, how it is executed (DeepSpeed file, micro-batches, recomputation) and a Cluster; out go
 figures. All of it is arithmetic on shapes: nothing is allocated, and a plan for thousands of devices costs what one for
@@ -10,7 +10,7 @@ add up what does not overlap: a device computes at `matmul_share` of its peak, t
 wait for the links, a pipeline of p stages and m micro-batches idles (p - 1) / (v m + p - 1) of the time, and gradients
 are reduced after the last micro-batch.
 Sources: Narayanan et al. (arXiv:2104.04473 §2.2, §3.2), Korthikanti et al. (arXiv:2205.05198 §4), Rajbhandari et al.
-(arXiv:1910.02054 §5, §7), Daly (doi:10.1016/j.future.2004.11.016) for the interval between checkpoints.
+(arXiv:1910.02054 §5, §7).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from xlmega.errors import ConfigError, LayoutError
 from xlmega.models.config import ModelConfig, check_layout
-from xlmega.parallel.layout import Layout, divisors
+from xlmega.parallel.layout import Layout, divisors, spell
 from xlmega.training.runtime import Runtime, check_pair
 
 RECOMPUTE = ("none", "selective", "full")
@@ -62,6 +62,11 @@ class Cluster:
     @property
     def devices(self) -> int:
         return self.nodes * self.devices_per_node
+
+    def bytes_per_second(self, span: int) -> float:
+        """Of the slowest link in a group that spans so many consecutive ranks."""
+        inside = self.nodes == 1 or self.devices_per_node % span == 0
+        return 1e9 * (self.node_gb_per_second if inside else self.network_gb_per_second)
 
     def problems(self) -> Iterator[str]:
         for name, value in vars(self).items():
@@ -118,6 +123,16 @@ class Job:
 # -------------------------------------------------------------------- memory
 
 
+def _layers(model: ModelConfig, layout: Layout) -> int:
+    """Of the fullest stage."""
+    return -(-model.num_layers // layout.pp)
+
+
+def _words(model: ModelConfig, layout: Layout) -> float:
+    """Parameters of a rank's part of the embedding."""
+    return model.vocab_size * model.hidden_size / layout.tp
+
+
 def held_parameters(model: ModelConfig, layout: Layout) -> float:
     """Parameters of the fullest rank: of a stage with the embedding, or of the only one."""
     from xlmega.models.decoder import shard_axis  # megatron-core: seconds that most of a plan does without
@@ -125,9 +140,8 @@ def held_parameters(model: ModelConfig, layout: Layout) -> float:
     def of_rank(shapes: dict[str, tuple[int, ...]]) -> float:
         return sum(math.prod(shape) / (1 if shard_axis(name) is None else layout.tp) for name, shape in shapes.items())
 
-    layers = -(-model.num_layers // layout.pp) * of_rank(model.layer_shapes())
-    words = model.vocab_size * model.hidden_size / layout.tp
-    ends = words * (1 if model.tied or layout.pp > 1 else 2) + of_rank(model.sense_shapes())
+    layers = _layers(model, layout) * of_rank(model.layer_shapes())
+    ends = _words(model, layout) * (1 if model.tied or layout.pp > 1 else 2) + of_rank(model.sense_shapes())
     ends += model.max_positions * model.hidden_size if model.positions == "learned" else 0
     return layers + ends
 
@@ -149,7 +163,8 @@ def kept_values(model: ModelConfig, layout: Layout, recompute: str) -> float:
 def memory(job: Job) -> dict[str, float]:
     """Bytes of the fullest rank at its fullest moment, by part, beside what the process takes without a model.
 
-    Gradients are summed up in fp32; from stage 2 on each rank keeps its share.
+    Gradients are summed up in fp32; from stage 2 on each rank keeps its share. Where DeepSpeed offloads the optimizer
+    of a GPU, its state and the summed gradients are the host's.
     """
     from xlmega.models.head import CHUNK_BYTES
 
@@ -157,11 +172,10 @@ def memory(job: Job) -> dict[str, float]:
     stage, tokens = runtime.zero_stage, job.micro_tokens
     held = held_parameters(model, layout)
     shared = layout.dp if stage else 1
-    layers = -(-model.num_layers // layout.pp)
+    layers, words = _layers(model, layout), _words(model, layout)
     in_flight: float = min(layout.pp, job.micro_batches)
     if layout.virtual_stages > 1:  # the interleaved schedule keeps more chunks of fewer layers (2104.04473 §2.2)
         in_flight += (layout.pp - 1) / layout.virtual_stages
-    words = model.vocab_size * model.hidden_size / layout.tp
     kept = in_flight * layers * kept_values(model, layout, job.recompute)
     working = 0.0 if job.recompute == "none" else kept_values(model, layout, "none")  # one layer, computed again
     senses = model.num_senses * model.hidden_size / layout.tp * (tokens + job.sequence_length) * (width + 4)
@@ -173,11 +187,12 @@ def memory(job: Job) -> dict[str, float]:
         # There are none before the only backward pass, and at its end no activations: the fuller of the two moments.
         late = tokens * width * _passing(job) + words * width
         gradients, activations, logits = max((0.0, activations, logits), (gradients, late, 0.0), key=sum)
+    here = 0.0 if job.on_gpu and runtime.offload_optimizer else 1.0
     return {
         "weights": held * width / (layout.dp if stage == 3 else 1),
-        "master weights": 0.0 if stage == 0 else held * 4 / shared,
-        "gradients": gradients,
-        "moments": held * 8 / shared,
+        "master weights": 0.0 if stage == 0 else here * held * 4 / shared,
+        "gradients": here * gradients,
+        "moments": here * held * 8 / shared,
         "activations": activations,
         "logits": logits,
         "buffers": _buffer_bytes(job, held, activations + logits),
@@ -222,18 +237,18 @@ def step_seconds(job: Job, cluster: Cluster) -> dict[str, float]:
     rate *= 1e12 * cluster.matmul_share
     compute, recompute = flops / rate, again * flops / rate
     held = held_parameters(model, layout)
-    layers, micro = -(-model.num_layers // layout.pp), job.micro_batches
+    layers, micro = _layers(model, layout), job.micro_batches
     block = job.micro_tokens * model.hidden_size * job.width
-    near, far = layout.tp <= cluster.devices_per_node, layout.world_size > cluster.devices_per_node
-    tp_link, dp_link = (
-        1e9 * (cluster.network_gb_per_second if over else cluster.node_gb_per_second) for over in (not near, far)
+    # Ranks are counted tp first, then dp, then pp: what a group spans decides whether it leaves a node.
+    tp_link, dp_link, pp_link = (
+        cluster.bytes_per_second(span) for span in (layout.tp, layout.tp * layout.dp, layout.world_size)
     )
     # A layer sums its two outputs forward and its two inputs backward; a recomputed one forward once more.
     sums = (4 + {"none": 0, "selective": 1, "full": 2}[job.recompute]) * layers * micro if layout.tp > 1 else 0
     tp_seconds = sums * (_ring(block, layout.tp) / tp_link + cluster.latency_seconds)
     bubble = (layout.pp - 1) / (layout.virtual_stages * micro) if layout.pp > 1 else 0.0
     hops = 2 * (micro + layout.pp - 1) * layout.virtual_stages if layout.pp > 1 else 0
-    pp_seconds = hops * (block / dp_link + cluster.latency_seconds)
+    pp_seconds = hops * (block / pp_link + cluster.latency_seconds)
     reduced = held * (4 if runtime.zero_stage < 2 else job.width) * (1 if runtime.zero_stage < 2 else micro)
     dp_seconds = _ring(reduced, layout.dp) / dp_link / (2 if runtime.zero_stage >= 2 else 1)
     times = {0: 0, 1: 1, 2: 1}.get(runtime.zero_stage, 2 * micro + (micro if job.recompute == "full" else 0))
@@ -287,11 +302,13 @@ def plan(job: Job, cluster: Cluster) -> Plan:
 
 
 def plans(
-    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batch_windows: int, sequence_length: int
+    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batches: Sequence[int], sequence_length: int
 ) -> list[Plan]:
-    """Every way that fits into the devices' memory, fastest first; a LayoutError where none does."""
+    """Every way that fits into the devices' memory and shares each of the sizes of a batch, fastest for the largest
+    first; a LayoutError where there is none."""
     found, closest = [], math.inf
-    for job in jobs(model, runtimes, cluster, batch_windows, sequence_length):
+    check_layout(Layout(dp=cluster.devices), model, sequence_length)
+    for job in jobs(model, runtimes, cluster, batches, sequence_length):
         one = plan(job, cluster)
         closest = min(closest, one.bytes / GIB + cluster.reserved_gib)
         if one.bytes / GIB + cluster.reserved_gib <= cluster.memory_gib:
@@ -300,8 +317,9 @@ def plans(
         short = "no layout is allowed: dp x micro-batch shares the batch, tp divides heads and widths, pp the layers"
         short = f"the smallest needs {closest:.1f} GiB of a device" if closest < math.inf else short
         raise LayoutError(
-            f"{model.num_parameters():,} parameters with {batch_windows} windows of {sequence_length} a step on "
-            f"{cluster.devices} devices of {cluster.memory_gib:g} GiB: {short}. Take more devices or shorter windows."
+            f"{model.num_parameters():,} parameters with {spell(sorted(set(batches)))} windows of {sequence_length} a "
+            f"step on {cluster.devices} devices of {cluster.memory_gib:g} GiB: {short}. "
+            "Take more devices or shorter windows."
         )
     # Of ways that are as fast within a hundredth, the simplest: least model-parallel, least recomputed.
     order = {name: number for number, name in enumerate(RECOMPUTE)}
@@ -315,15 +333,16 @@ def plans(
 
 
 def jobs(
-    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batch_windows: int, sequence_length: int
+    model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batches: Sequence[int], sequence_length: int
 ) -> Iterator[Job]:
     """Every allowed combination of layout, ZeRO stage, micro-batch and recomputation that uses all devices."""
     for tp in divisors(cluster.devices_per_node):
         for pp in divisors(cluster.devices // tp):
             layout = Layout(tp, pp, cluster.devices // (tp * pp))
-            if batch_windows % layout.dp:
+            shared = math.gcd(*batches)
+            if shared % layout.dp:
                 continue
-            a_rank = batch_windows // layout.dp
+            a_rank = shared // layout.dp
             for runtime in runtimes:
                 try:
                     check_pair(runtime, layout)
@@ -333,84 +352,4 @@ def jobs(
                 for micro in (size for size in (1, 2, 4, 8, 16, 32) if a_rank % size == 0):
                     for recompute in RECOMPUTE:
                         how = replace(runtime, micro_batch_windows=micro)
-                        yield Job(model, layout, how, batch_windows, sequence_length, recompute, cluster.on_gpu)
-
-
-# -------------------------------------------------------------------- the whole run
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """A run to its last token, failures included."""
-
-    steps: int
-    failures: float
-    save_seconds: float
-    save_every_seconds: float
-    hours: float
-    share_training: float
-    """Of the hours; the rest is saving, restarting and doing steps again."""
-    cost: float
-
-
-def outlook(chosen: Plan, cluster: Cluster, tokens: float) -> Outlook:
-    """How long so many tokens take, with a checkpoint every `young_daly` seconds."""
-    job = chosen.job
-    steps = math.ceil(tokens / (job.batch_windows * job.sequence_length))
-    save = 12.0 * job.model.num_parameters() / (cluster.disk_gb_per_second * 1e9)
-    between = cluster.device_hours_between_failures * 3600 / cluster.devices
-    every = young_daly(save, between)
-    # In each interval: its own steps, a save, and with every / between the chance of a failure half of it again.
-    lost = (every / 2 + save + cluster.restart_seconds) / between
-    share = every / (every + save) * max(0.0, 1 - lost)
-    hours = steps * chosen.step / 3600 / share if share else math.inf
-    cost = hours * cluster.devices * cluster.price_per_device_hour
-    return Outlook(steps, hours * 3600 / between, save, every, hours, share, cost)
-
-
-def young_daly(save_seconds: float, seconds_between_failures: float) -> float:
-    """The interval between checkpoints at which saving and doing again cost least together (Daly's second order)."""
-    if save_seconds >= 2 * seconds_between_failures:
-        return seconds_between_failures
-    ratio = save_seconds / (2 * seconds_between_failures)
-    first = math.sqrt(2 * save_seconds * seconds_between_failures)
-    return first * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
-
-
-# -------------------------------------------------------------------- words
-
-
-def report(found: Sequence[Plan], cluster: Cluster, tokens: float) -> Iterator[str]:
-    """Lines for a person: the ways, the first of them in full, and what all rests on."""
-    yield f"{cluster.devices} devices in {cluster.nodes} nodes of {cluster.memory_gib:g} GiB; fastest ways that fit:"
-    for number, one in enumerate(found, 1):
-        memory_gib = one.bytes / GIB + cluster.reserved_gib
-        speed = f"{one.step:.3g} s a step, {one.tokens_per_second:,.0f} tokens/s"
-        yield f"  {number}. {one.job.describe()}: {memory_gib:.1f} GiB, {speed}"
-    best = found[0]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in best.memory.items() if size)
-    yield f"memory of the fullest rank in GiB: {parts}, without a model {cluster.reserved_gib:.2f}"
-    parts = ", ".join(f"{name} {100 * part / best.step:.1f} %" for name, part in best.seconds.items() if part)
-    yield f"a step: {parts}"
-    layout = best.job.layout
-    yield (
-        f"so: --tp {layout.tp} --pp {layout.pp} --recompute {best.job.recompute}, train_micro_batch_size_per_gpu="
-        f"{best.job.runtime.micro_batch_windows}, zero_optimization.stage={best.job.runtime.zero_stage}"
-    )
-    ahead = outlook(best, cluster, tokens)
-    every = max(1, round(ahead.save_every_seconds / best.step))
-    price = f", costs {ahead.cost:,.0f}" if cluster.price_per_device_hour else ""
-    yield (
-        f"{tokens:.3g} tokens are {ahead.steps:,} steps: {ahead.hours:,.1f} hours{price}, of which "
-        f"{100 * ahead.share_training:.1f} % train; {ahead.failures:.1f} failures are to be expected"
-    )
-    yield (
-        f"save every {every:,} steps ({ahead.save_every_seconds / 60:,.0f} min); a save that is not asynchronous takes "
-        f"{ahead.save_seconds:.0f} s"
-    )
-    yield (
-        f"this rests on {cluster.tflops:g} TFLOP/s at {cluster.matmul_share:.0%}, {cluster.node_gb_per_second:g} GB/s "
-        f"in a node, {cluster.network_gb_per_second:g} between nodes, {cluster.disk_gb_per_second:g} to disk, a "
-        f"failure every {cluster.device_hours_between_failures:,.0f} device hours and {cluster.restart_seconds:g} s to "
-        "restart; --calibrate measures what this device does"
-    )
+                        yield Job(model, layout, how, max(batches), sequence_length, recompute, cluster.on_gpu)
