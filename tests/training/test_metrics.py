@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xlmega.errors import CheckpointError, ConfigError
+from xlmega.errors import CheckpointError, ConfigError, StoppedError
 from xlmega.training import metrics
 from xlmega.training.metrics import Metrics, check_trackers, peak_flops
 from xlmega.training.saving import Outcome
@@ -210,6 +210,13 @@ def test_a_full_disk_loses_no_line(
         with opened(tmp_path, first_step=4) as writer:
             disk.full = True
             writer.step(5, RECORD)
+    disk.full = False
+    with pytest.raises(StoppedError, match="step 5 is saved"):  # what ends the run is what it ends with
+        with opened(tmp_path, first_step=4) as writer:
+            disk.full = True
+            writer.step(5, RECORD)
+            raise StoppedError("step 5 is saved")
+    assert "1 lines of" in capsys.readouterr().out
 
 
 def test_saves_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

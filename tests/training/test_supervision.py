@@ -104,6 +104,11 @@ def test_a_start_leaves_the_stop_file_until_the_run_directory_is_its_own(tmp_pat
         assert (tmp_path / "stop").exists()  # meant for the run that lives there; this start may be refused
         watch.stop.begin()
         assert not (tmp_path / "stop").exists() and not watch.stop.pending()
+    with alone(tmp_path) as watch:
+        (tmp_path / "stop").touch()  # while the ranks meet: meant for this run
+        watch.stop.begin()
+        assert watch.stop.pending()
+        (tmp_path / "stop").unlink()
     (tmp_path / "stop").mkdir()
     with alone(tmp_path) as watch, pytest.raises(CheckpointError, match="is a folder, but a file of that name asks"):
         watch.stop.begin()

@@ -94,7 +94,7 @@ class Plan:
     """Further options of pretrain.py, such as ["--tp", "2"]."""
     launcher: tuple[str, ...] = ()
     """What starts pretrain.py, such as ["deepspeed", "--num_gpus", "2", "--master_port", "{port}"]; empty: one process.
-    {port} is a free port, another for each expert. For torchrun, ["python", "slurm/torchrun.py", ...] keeps exit codes."""
+    {port} is a free port, another for each expert. ["python", "slurm/torchrun.py", ...] is torchrun with exit codes."""
     share_by: Literal["batch", "steps"] = "batch"
     budget: Literal["equal", "tokens"] = "equal"
     """Each expert gets as much as another, or (with share_by = "steps") in proportion to its cluster's tokens."""

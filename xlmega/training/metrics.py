@@ -74,9 +74,14 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end_line()
-        self._lines.close()
+        try:
+            self._lines.close()
+        except CheckpointError as lost:
+            if error is None:
+                raise
+            self.say(str(lost))  # what ends the run says more, and has its own code
         for tracker in self._trackers:
             tracker.close()
 

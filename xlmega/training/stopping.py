@@ -37,8 +37,10 @@ class StopRequest:
         self._stop_file = stop_file
         self._looked = self._asked = float("-inf")
         self._before: dict[int, Any] = {}
+        self._stale: tuple[int, int] | None = None
 
     def __enter__(self) -> StopRequest:
+        self._stale = _identity(self._stop_file) if self._stop_file else None
         for number in _ASKED_BY:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -48,11 +50,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def begin(self) -> None:
-        """The run directory is this run's: a file that asks for an end there was meant for one that has ended since.
+        """The run directory is this run's: a file that was there before it was meant for one that has ended since.
 
-        Not before: a start that is refused must not take away what is meant for the run that lives.
+        Not before: a start that is refused must not take away what is meant for the run that lives. One that came
+        while the ranks met is meant for this run.
         """
-        if self._stop_file is None:
+        if self._stop_file is None or self._stale is None or _identity(self._stop_file) != self._stale:
             return
         try:
             self._stop_file.unlink(missing_ok=True)
@@ -88,3 +91,12 @@ class StopRequest:
         elif number != signal.SIGUSR1 and now - self._asked > _ECHO_SECONDS:
             os.write(2, _AT_ONCE.encode())
             os._exit(128 + number)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from a later one of the same name; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
