@@ -114,8 +114,8 @@ def _problems(told: list[dict[str, Any]], needs_bytes: float, place: Path) -> It
     if full:
         free = min(told[rank]["free_bytes"] for rank in full)
         yield (
-            f"{_ranks(full, told)}: '{place}' has {free / 1e9:.2f} GB free, and one checkpoint takes "
-            f"{needs_bytes / 1e9:.2f} GB. Make room, or choose another --output."
+            f"{_ranks(full, told)}: '{place}' has {_size(free)} free, and one checkpoint takes {_size(needs_bytes)}. "
+            "Make room, or choose another --output."
         )
     for rank, one in enumerate(told):
         if one["device"]:
@@ -140,6 +140,10 @@ def _remarks(told: list[dict[str, Any]]) -> Iterator[str]:
 def _ranks(ranks: list[int], told: list[dict[str, Any]]) -> str:
     hosts = sorted({told[rank]["host"] for rank in ranks})
     return f"rank {', '.join(map(str, ranks[:16]))} on {', '.join(hosts[:8])}"
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
 
 
 def _existing(output: Path) -> Path:
