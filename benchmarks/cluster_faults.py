@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -509,6 +510,8 @@ def main() -> int:
                 try:
                     work(folder, tokens, alone, chains[number :: args.parallel], args.results, f"w{number}")
                     code = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     sys.stdout.flush()
                     os._exit(code)
