@@ -40,15 +40,15 @@ AWKWARD: list[tuple[dict[str, int], dict[str, int]]] = [
 ]
 
 
-def cases(model: str, seed: int, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def cases(model: str, seed: int, count: int, ranks: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(sources, targets) of one model; a target's `loads` are the sources that it loads."""
     awkward = [tuple(named([{**case, **MODELS[model]}])[0] for case in pair) for pair in AWKWARD]
-    drawn = named(drawn_cases(seed, count, model=model))
+    drawn = named(drawn_cases(seed, count, ranks, model))
     sources = named([*drawn, *(source for source, _ in awkward)])
     loads = [case["name"] for case in drawn]
     targets = named(
         [
-            *({**case, "loads": list(loads)} for case in drawn_cases(seed + 1, count, model=model)),
+            *({**case, "loads": list(loads)} for case in drawn_cases(seed + 1, count, ranks, model)),
             *({**single(precision, model), "loads": list(loads)} for precision in PRECISIONS),
         ]
     )
@@ -65,11 +65,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=12, help="sources, and targets, that are drawn")
+    parser.add_argument(
+        "--ranks", type=int, default=8, help="most ranks of a drawn combination; the awkward have up to 6"
+    )
     args = parser.parse_args()
     failed = 0
     for model in args.models:
         started = time.monotonic()
-        sources, targets = cases(model, args.seed, args.count)
+        sources, targets = cases(model, args.seed, args.count, args.ranks)
         print(f"{model}: sources:", ", ".join(case["name"] for case in sources), flush=True)
         print(f"{model}: targets:", ", ".join(case["name"] for case in targets), flush=True)
         with tempfile.TemporaryDirectory() as folder:
