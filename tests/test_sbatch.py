@@ -14,9 +14,15 @@ from worlds import free_port
 FORMS = ("pretrain.sbatch", "pretrain_torchrun.sbatch", "pretrain_deepspeed.sbatch")
 
 
-def submit(script: str, folder: Path, code: int, *arguments: str, restarts: str = "0") -> tuple[int, list[str], str]:
-    """(exit code, what scontrol was asked, stderr) of the script's shell when srun ends with that code."""
-    (folder / "srun").write_text(f'#!/bin/sh\necho "$@" >{folder}/srun.log\nexit {code}\n')
+def submit(
+    script: str, folder: Path, code: int, *arguments: str, restarts: str = "0", task: int | None = None
+) -> tuple[int, list[str], str]:
+    """(exit code, what scontrol was asked, stderr) of the script's shell when srun ends with that code.
+
+    `task` is the code of the one task that it starts; None: no task ends by itself.
+    """
+    start = "" if task is None else f'while [ "$1" != bash ]; do shift; done; bash -c "$3" "$4" sh -c "exit {task}"'
+    (folder / "srun").write_text(f'#!/bin/bash\necho "$@" >{folder}/srun.log\n{start}\nexit {code}\n')
     (folder / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo n1 && exit\necho "$@" >>{folder}/asked\n')
     for name in ("srun", "scontrol"):
         (folder / name).chmod(0o755)
@@ -40,9 +46,15 @@ def test_a_job_is_started_again_where_that_helps(script: str, tmp_path: Path) ->
         assert (ended, asked) == (code, ["requeue 7"] if code in again else []), code
     assert submit(script, tmp_path, 5, "run", restarts="50")[1] == []  # it has been tried often enough
     assert submit(script, tmp_path, 75, "run", restarts="50")[1] == ["requeue 7"]  # it was asked to stop
+    # One task ended by itself, and srun terminated the others: that one's code says whether to start again.
+    for code in (2, 3, 7):
+        assert submit(script, tmp_path, 143, "run", task=code)[:2] == (code, []), code
+    assert submit(script, tmp_path, 143, "run", task=75, restarts="50")[:2] == (75, ["requeue 7"])
+    assert submit(script, tmp_path, 143, "run", task=5)[:2] == (5, ["requeue 7"])
+    assert submit(script, tmp_path, 0, "run", task=0)[:2] == (0, [])
     command = (tmp_path / "srun.log").read_text()
     assert "xlmega/pretrain.py --ds_config" in command and "--output run --resume" in command
-    assert not list(tmp_path.glob(".hosts*"))
+    assert not [*tmp_path.glob(".hosts*"), *tmp_path.glob(".codes*")]
 
 
 @pytest.mark.parametrize("script", FORMS)
