@@ -42,6 +42,11 @@ def model_card(config: ModelConfig, dtype: str, card: Mapping[str, Any], vocabul
         f"- Parameters: {config.num_parameters():,} ({dtype})",
         f"- Shape: {shape}",
     ]
+    if config.backpack_variant:
+        lines += [
+            f"- Senses: {config.num_senses} of each token ({config.backpack_variant} Backpack)",
+            "- Loads with code of its own: `trust_remote_code=True`, for AutoModelForCausalLM and AutoTokenizer alike",
+        ]
     if vocabulary_size is not None and vocabulary_size < config.vocab_size:
         lines.append(
             f"- Ids {vocabulary_size:,} to {config.vocab_size - 1:,} are rows that the tokenizer never produces; they "

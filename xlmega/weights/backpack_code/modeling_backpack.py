@@ -5,8 +5,8 @@ default), what they are made of: `senses` C [B, K, S, D], `contextualization` al
 `backpack_hidden_states` o [B, L, D], with o_i = sum_k sum_{j <= i} alpha_kij C(x_j)_k and logits = E o.
 
 Sense vectors depend on the token alone. Training computes them once for each distinct token of a batch; inference keeps
-those of every token it has met in a table, until a weight changes. With a key-value cache a step attends to cached keys
-and ids. Senses can be re-weighted by token and sense (`steer`).
+those of every token it has met in a table, until a weight changes or `train` or `eval` is called. With a key-value
+cache a step attends to cached keys and ids. Senses can be re-weighted by token and sense (`steer`).
 
 Shape letters: B texts, L new positions, S all positions with those cached, K senses, H width of a sense's queries,
 D hidden size, V vocabulary, U distinct tokens.
@@ -294,6 +294,11 @@ class BackpackModel(BackpackPreTrainedModel):
             ids = torch.arange(self.config.vocab_size, device=self.gpt2_model.wte.weight.device)
             self._table_of_senses().fill(ids)
 
+    def train(self, mode: bool = True) -> BackpackModel:
+        """As always. Kept senses go, for optimizers that write past a tensor's version counter (`.data`)."""
+        self._table = None
+        return super().train(mode)  # type: ignore[no-any-return]
+
     def _table_of_senses(self) -> _SenseTable:
         if self._table is None or not self._table.is_current():
             self._table = _SenseTable(self)
@@ -337,6 +342,7 @@ class BackpackModel(BackpackPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
             else:
                 position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
+        self._check_length(past + length, position_ids)
         seen = self._seen(attention_mask, past, length, input_ids.device)
         needs_mask = attention_mask is not None or (past > 0 and length > 1)
         hidden = self.gpt2_model(input_ids, position_ids, seen if needs_mask or past else None, cache)
@@ -358,6 +364,14 @@ class BackpackModel(BackpackPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
+
+    def _check_length(self, length: int, positions: torch.Tensor) -> None:
+        """Texts that are padded on their left may be longer together than each of them is."""
+        most = self.config.n_positions
+        if length > most and (last := int(positions.max()) + 1) > most:
+            raise ValueError(
+                f"a text of {last} tokens is beyond the model's {most} positions: give fewer, or generate fewer."
+            )
 
     def _seen(self, mask: torch.Tensor | None, past: int, length: int, device: torch.device) -> torch.Tensor:
         """Bool [B or 1, 1, L, S]: which positions each new one may look at; itself it always sees."""
@@ -395,7 +409,7 @@ class BackpackModel(BackpackPreTrainedModel):
         senses = torch.arange(self.config.num_senses, device=ids_BS.device)[:, None]
         rows_BX = (ids_BS[:, None] * self.config.num_senses + senses).flatten(1)
         flat = table.senses_VKD.flatten(0, 1)
-        return F.embedding_bag(rows_BX, flat, mode="sum", per_sample_weights=alpha_BKS.flatten(1))
+        return F.embedding_bag(rows_BX, flat, mode="sum", per_sample_weights=alpha_BKS.flatten(1).to(flat))
 
 
 class _SenseLayer(DynamicLayer):
@@ -431,9 +445,10 @@ class _SenseTable:
         """Compute what is missing, some thousands of tokens at a time."""
         if self._all_known:
             return
-        for missing in ids_U[~self.known_V[ids_U]].split(2048):
-            self.senses_VKD[missing] = self._model.sense_network(self._model.gpt2_model.wte(missing))
-            self.known_V[missing] = True
+        with torch.autocast(self.senses_VKD.device.type, enabled=False):  # kept for whoever comes later
+            for missing in ids_U[~self.known_V[ids_U]].split(2048):
+                self.senses_VKD[missing] = self._model.sense_network(self._model.gpt2_model.wte(missing))
+                self.known_V[missing] = True
         self._all_known = bool(self.known_V.all())
 
 
@@ -480,6 +495,10 @@ class BackpackForCausalLM(BackpackPreTrainedModel, GenerationMixin):
 
         `loss` is smoothed by `label_smoothing`, `loss_unsmoothed` never.
         """
+        if ignored.get("output_attentions"):
+            raise ValueError(
+                "output_attentions is not kept; output_senses gives `contextualization`, what senses weigh."
+            )
         output: BackpackOutput = self.backpack(
             input_ids,
             attention_mask=attention_mask,
