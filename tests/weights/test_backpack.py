@@ -23,7 +23,7 @@ from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig, model_config
 from xlmega.weights.foreign import open_foreign
 from xlmega.weights.forward import PlainDecoder
-from xlmega.weights.huggingface import export_huggingface, open_huggingface, verify_huggingface
+from xlmega.weights.huggingface import export_huggingface, open_huggingface, read_config, verify_huggingface
 from xlmega.weights.names import logical_shapes
 
 pytestmark = pytest.mark.torch
@@ -143,6 +143,34 @@ def test_kept_senses_follow_the_weights_and_steering(exports: dict[str, Path]) -
     model.train()
     torch.testing.assert_close(model(ids()[:1]).logits, changed, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, changed)
+    model.backpack.sense_network.final_mlp.c_proj.weight.data.mul_(0.5)  # as DeepSpeed's: no version counts it
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()[:1]).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_keeps_what_is_kept_exact(exports: dict[str, Path]) -> None:
+    model, prompt = loaded(exports["nano"]), ids()[:, :5]
+    with torch.no_grad():
+        due = model(prompt).logits
+        model.eval()  # forgets
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(prompt).logits
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+        torch.testing.assert_close(low.float(), due, rtol=0.1, atol=0.1)
+        assert torch.equal(model(prompt).logits, due)
+
+
+def test_what_does_not_fit_is_said(exports: dict[str, Path]) -> None:
+    model = loaded(exports["nano"])
+    most = model.config.n_positions
+    with pytest.raises(ValueError, match=f"a text of {most + 1} tokens is beyond the model's {most} positions"):
+        model(torch.ones(1, most + 1, dtype=torch.int64))
+    padded = torch.ones(1, most + 3, dtype=torch.int64)
+    mask = (torch.arange(most + 3) >= 3).long()[None]  # the text itself fits
+    assert model(padded, attention_mask=mask).logits.shape[1] == most + 3
+    with pytest.raises(ValueError, match="output_attentions is not kept"):
+        model(padded[:, :3], output_attentions=True)
 
 
 @pytest.mark.parametrize("variant", MODELS)
@@ -330,6 +358,39 @@ def test_their_authors_files_are_read(variant: str, tmp_path: Path) -> None:
     assert set(model.names()) == set(logical_shapes(source.config))
     for name, tensor in source.tensors.items():
         assert torch.equal(model.read(name), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backpack.sense_vector_layer.ff_2.c_proj.weight": (129, 128)}, "no multiple of that"),
+        ({"backpack.sense_vector_layer.ln_2.weight": (127,)}, "does not fit its config"),
+        ({"backpack.sense_vector_layer.ff_2.c_proj.weight": (5 * 32, 128)}, "num_senses=5 must divide hidden_size=32"),
+        ({"backpack.contextualization_layer.transformer.wte.weight": None}, r"lacks gpt2_model\.wte\.weight"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(
+    change: dict[str, tuple[int, ...] | None], says: str, tmp_path: Path
+) -> None:
+    state = nano_state(source_and_parts("nano")[0].tensors)
+    state |= {name: torch.ones(shape) for name, shape in change.items() if shape is not None}
+    state = {name: tensor for name, tensor in state.items() if change.get(name, ()) is not None}
+    torch.save({"model": state, "model_args": {"n_head": 4}}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=says):
+        open_foreign(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_senses", "4"), ("num_senses", 4.0), ("n_head", 0), ("layer_norm_epsilon", "small")]
+)
+def test_a_config_of_the_wrong_kinds_is_refused(
+    name: str, value: object, exports: dict[str, Path], tmp_path: Path
+) -> None:
+    stored = json.loads((exports["nano"] / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    theirs = name.replace("n_head", "num_attention_heads")
+    with pytest.raises(CheckpointError, match=f"{theirs} is {value!r}, but must be a"):
+        read_config(tmp_path)
 
 
 def test_a_strange_tensor_is_refused(tmp_path: Path) -> None:

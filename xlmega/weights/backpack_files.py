@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -75,7 +75,7 @@ def _original(path: Path, tensors: Tensors, config_folder: Path | None) -> tuple
         if (folder / "config.json").is_file():
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = settings.get("n_head", settings.get("num_attention_heads"))
-    if not isinstance(heads, int) or heads < 1:
+    if not _is_count(heads):
         raise CheckpointError(
             f"'{path}' is a Backpack's state dict, which does not say how many heads its contextualiser has.\n"
             '  Put a config.json with {"n_head": ...} beside it, or name its folder: --config DIR.'
@@ -96,7 +96,7 @@ def _original(path: Path, tensors: Tensors, config_folder: Path | None) -> tuple
 def _nano(path: Path, stored: Any, tensors: Tensors) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     arguments = stored.get("model_args") if isinstance(stored, Mapping) else None
     heads = arguments.get("n_head") if isinstance(arguments, Mapping) else None
-    if not isinstance(heads, int) or heads < 1:
+    if not _is_count(heads):
         raise CheckpointError(f"'{path}' is a nanoBackpack, but has no 'model_args' with n_head.")
     layers = _count_layers(tensors, re.escape(f"{_CONTEXT}transformer.h.") + r"(\d+)\.")
     names = dict(_NANO_NAMES)
@@ -104,15 +104,18 @@ def _nano(path: Path, stored: Any, tensors: Tensors) -> tuple[ModelConfig, dict[
         for module in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
             names[f"{_CONTEXT}transformer.h.{layer}.{module}"] = f"gpt2_model.h.{layer}.{module}"
     renamed = _renamed(path, tensors, names)
+    config = _config(path, "nano", renamed, layers, heads, False)
     # Its last axis counts senses, ours the width.
-    width = renamed["backpack.gpt2_model.wte.weight"].shape[1]
     for name in ("final_mlp.c_proj.weight", "final_mlp.c_proj.bias", "joint_ln.weight", "joint_ln.bias"):
         full = f"backpack.sense_network.{name}"
-        if full in renamed:
-            axis = renamed[full].ndim - 1
-            parts = renamed[full].unflatten(axis, (width, -1))
-            renamed[full] = parts.transpose(axis, axis + 1).flatten(axis, axis + 1)
-    return _config(path, "nano", renamed, layers, heads, False), renamed
+        if full in renamed and renamed[full].shape[-1] == config.num_senses * config.hidden_size:
+            parts = renamed[full].unflatten(-1, (config.hidden_size, -1))
+            renamed[full] = parts.transpose(-1, -2).flatten(-2, -1)
+    return config, renamed
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _count_layers(tensors: Tensors, pattern: str) -> int:
@@ -143,12 +146,12 @@ def _config(path: Path, variant: Any, tensors: Tensors, layers: int, heads: int,
         last, outputs = tensors["backpack.sense_network.final_mlp.c_proj.weight"].shape
     except KeyError as error:
         raise CheckpointError(f"'{path}' lacks {error.args[0].removeprefix('backpack.')} of a Backpack.") from None
-    if width % heads or last % width:
+    if width % heads or last % width or outputs % width:
         raise CheckpointError(
-            f"'{path}' is {width} wide, which {heads} heads do not divide, or its last hidden layer, {last} wide, is "
-            "no multiple of that."
+            f"'{path}' is {width} wide, which {heads} heads do not divide, or its last hidden layer, {last} wide, or "
+            f"its senses, {outputs} wide together, are no multiple of that."
         )
-    return ModelConfig(
+    config = ModelConfig(
         family="backpack",
         backpack_variant=variant,
         num_layers=layers,
@@ -169,3 +172,6 @@ def _config(path: Path, variant: Any, tensors: Tensors, layers: int, heads: int,
         num_senses=outputs // width,
         sense_intermediate_scale=last // width,
     )
+    if wrong := list(config.problems()):
+        raise CheckpointError("\n  ".join([f"'{path}' is no Backpack of ours:", *wrong]))
+    return config

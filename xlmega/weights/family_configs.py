@@ -205,7 +205,7 @@ def from_theirs(folder: Path, theirs: Any) -> ModelConfig:
     if family is None:
         kinds = ", ".join(one.model_type for one in FAMILIES.values())
         raise CheckpointError(f"'{folder}' is a '{theirs.model_type}'. Models of these kinds can be read: {kinds}.")
-    problems = [*_common_obstacles(theirs), *_OBSTACLES[family](theirs)]
+    problems = list(_wrong_kinds(theirs)) or [*_common_obstacles(theirs), *_OBSTACLES[family](theirs)]
     if problems:
         raise CheckpointError("\n  ".join([f"'{folder}' cannot be read as a model of ours:", *problems]))
     config = ModelConfig(
@@ -222,6 +222,26 @@ def from_theirs(folder: Path, theirs: Any) -> ModelConfig:
         raise CheckpointError("\n  ".join([f"'{folder}' has a config.json of no model:", *wrong]))
     note = getattr(theirs, "xlmega", None)
     return config if note is None else _with_note(folder, config, note)
+
+
+def _wrong_kinds(theirs: Any) -> Iterator[str]:
+    """Sizes are whole numbers, small constants numbers: transformers takes what a file says."""
+    for name in (*_SIZES, *_OPTIONAL_SIZES):
+        value = getattr(theirs, name, None)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not whole and (name in _SIZES or value is not None):
+            yield f"{name} is {value!r}, but must be a whole number from 1."
+    for name in ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "initializer_range"):
+        value = getattr(theirs, name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            yield f"{name} is {value!r}, but must be a number."
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL_SIZES = (
+    *("n_inner", "intermediate_size", "ffn_dim", "max_position_embeddings", "num_key_value_heads"),
+    *("num_senses", "sense_intermediate_scale"),
+)
 
 
 def _activation(theirs: Any) -> str:
