@@ -11,8 +11,8 @@ from pathlib import Path
 
 from xlmega.errors import ConfigError, run_main
 from xlmega.text import corpus, fertility
-from xlmega.text.records import write_errors
 from xlmega.text.vocabulary import load_vocabulary
+from xlmega.weights.directory import replace_text
 
 
 def main() -> None:
@@ -32,11 +32,7 @@ def main() -> None:
         found.setdefault(language, fertility.Fertility()).parity = parity
     print(fertility.fertility_table(found))
     content = json.dumps(fertility.fertility_json(found, vocabulary), indent=1) + "\n"
-    part = args.output.with_name(args.output.name + ".part")
-    with write_errors(args.output):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content, encoding="utf-8")
-        part.replace(args.output)
+    replace_text(args.output, content)
     print(f"wrote {args.output}")
 
 

@@ -113,6 +113,8 @@ def test_ranks_and_correlations_by_eye(book: SenseBook, words: list[tuple[str, s
     assert found.spearman["sense 2"] == pytest.approx(expected, abs=1e-6) and set(found.spearman) == set(found.pearson)
     with pytest.raises(DataError, match="3 pairs"):
         senses.lexical_similarity(book, rows[:2])
+    with pytest.raises(DataError, match="scores that differ, but all 5 are 2"):
+        senses.lexical_similarity(book, [(one, two, 2.0) for one, two in words])
 
 
 def test_usage_is_of_the_reference(book: SenseBook) -> None:
@@ -146,9 +148,20 @@ def test_steering_multiplies_senses(book: SenseBook, words: list[tuple[str, str]
     plain = senses.next_tokens(book, word)
     assert senses.next_tokens(book, word, torch.ones_like(factors)) == plain
     assert senses.next_tokens(book, word, factors) != plain
-    for wish, says in (((word, 4, 1.0), "senses 0 to 3, not 4"), ((word, 0, float("nan")), "finite")):
+    for wish, says in (
+        ((word, 4, 1.0), "senses 0 to 3, not 4"),
+        ((word, 0, float("nan")), "finite"),
+        ((word, 0, 1e300), "take smaller"),
+    ):
         with pytest.raises(DataError, match=says):
             senses.steering_factors(book, [wish])
+
+
+def test_weights_that_are_no_numbers_are_refused(vocabulary: Vocabulary, words: list[tuple[str, str]]) -> None:
+    tensors = {**source().tensors, "senses.output.weight": torch.full((128, 128), float("nan"))}
+    damaged = Held(source().config, tensors)
+    with pytest.raises(CheckpointError, match=r"'senses\.output\.weight' has values that are not finite"):
+        senses.sense_distribution(SenseBook(damaged, vocabulary), words)
 
 
 def test_a_model_without_senses_is_refused(vocabulary: Vocabulary) -> None:
@@ -202,8 +215,10 @@ def test_lists_are_checked(tmp_path: Path, book: SenseBook) -> None:
     path.write_text("a\tb\tnan\n")
     with pytest.raises(DataError, match="1 number at the end"):
         read_table(path, 3, numbers=1)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read '.*none\.tsv'"):
         read_table(tmp_path / "none.tsv", 2)
+    path.write_bytes("\ufeff# from a spreadsheet\r\na\tb\u2028c\r\n".encode())
+    assert read_table(path, 2) == [("a", "b\u2028c")]
     with pytest.raises(ConfigError, match="nothing to look at"):
         sense_reports.inspect(book, Wishes(), tmp_path / "out")
     with pytest.raises(ConfigError, match="give a prompt"):
@@ -214,3 +229,9 @@ def test_lists_are_checked(tmp_path: Path, book: SenseBook) -> None:
         sense_reports.inspect(book, Wishes(words=(("aa", "a"),)), tmp_path / "full")
     with pytest.raises(ConfigError, match="give a token folder"):
         sense_reports.inspect(book, Wishes(usage_windows=2), tmp_path / "out")
+    with pytest.raises(ConfigError, match="words and usage windows alone"):
+        sense_reports.inspect(book, Wishes(prompt="a", tokens=tmp_path), tmp_path / "out")
+    (tmp_path / "full" / "words.txt").touch()  # a name that others use as well
+    with pytest.raises(CheckpointError, match="has file, which this command did not write"):
+        sense_reports.inspect(book, Wishes(words=(("aa", "a"),)), tmp_path / "full", overwrite=True)
+    assert (tmp_path / "full" / "file").is_file()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from xlmega.errors import ConfigError, DataError
-from xlmega.evaluation import cloze
+from xlmega.errors import CheckpointError, ConfigError, DataError
+from xlmega.evaluation import cloze, scoring
 from xlmega.evaluation.cloze import Item, Result, evaluate_cloze, make_items, read_items, write_items
 from xlmega.models.config import model_config
 from xlmega.text.corpus import Document
@@ -75,6 +77,18 @@ def test_items_are_ends_of_sentences() -> None:
         make_items([Document("No.", "en", "1")], 1)
     with pytest.raises(ConfigError, match="at least 1"):
         make_items([], 0)
+    with pytest.raises(ConfigError, match="seed at least 0, but they are 1 and -1"):
+        make_items([], 1, seed=-1)
+
+
+def test_a_book_is_gone_through_once() -> None:
+    marks = Document("one " * 70 + "(two) three - . . . ) end4. Four five.", "en", "1")  # "end4" is no word
+    three, five = cloze._candidates(marks)
+    assert (three.prompt, three.answer) == ("one " * 59 + "(two)", "three")
+    assert five.prompt.endswith("three - . . . ) end4. Four") and five.answer == "five"
+    begun = time.process_time()
+    assert len(list(cloze._candidates(Document(TEXT * 10_000, "en", "1")))) == 20_000
+    assert time.process_time() - begun < 3.0  # 1 MB; it took minutes when each sentence read all before it
 
 
 def test_the_beam_finds_the_word_best_or_third(vocabulary: Vocabulary) -> None:
@@ -110,6 +124,13 @@ def test_long_prompts_lose_their_beginning(vocabulary: Vocabulary) -> None:
     scorer.max_positions = 12
     evaluate_cloze(scorer, vocabulary, [Item("The cat sat " * 20, "mat", "en")])
     assert max(map(len, scorer.seen)) <= 12
+    with pytest.raises(DataError, match=r"tokens, and the model 12 positions"):
+        evaluate_cloze(scorer, vocabulary, [Item("The cat", "zqzqzqzqzqzqzqzqzqzqzqzqzq", "en")])
+
+
+def test_probabilities_that_are_no_numbers_are_no_score(vocabulary: Vocabulary) -> None:
+    with pytest.raises(CheckpointError, match="are not numbers"):
+        scoring._numbers(torch.tensor([-1.0, float("nan")]))
 
 
 def test_items_go_to_a_file_and_back(tmp_path: Path) -> None:
@@ -123,8 +144,10 @@ def test_items_go_to_a_file_and_back(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no items"):
         read_items(tmp_path / "bad.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         read_items(tmp_path)
+    (tmp_path / "bom.jsonl").write_bytes('\ufeff{"prompt":"a\u2028b","answer":"c","language":"en"}\r\n'.encode())
+    assert read_items(tmp_path / "bom.jsonl") == [Item("a\u2028b", "c", "en")]
 
 
 def test_the_tool(made_corpus: Path, made_vocabulary: Path, tmp_path: Path) -> None:
@@ -160,5 +183,16 @@ def test_the_tool(made_corpus: Path, made_vocabulary: Path, tmp_path: Path) -> N
     )
     refused = subprocess.run([*command, *items, *output], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "exists" in refused.stderr
-    neither = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert neither.returncode == 2 and "either --items" in neither.stderr
+
+
+def test_the_tool_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, main = str(tmp_path / "items.jsonl"), runpy.run_path(str(ROOT / "tools/evaluate_cloze.py"))["main"]
+    for line, says in (
+        ([], "either --items"),
+        (["--corpus", "a", "--keep_items", kept, "--output", kept], "--output and --keep_items are both"),
+        (["--items", kept, "--count", "3"], "--count and --seed are of --corpus"),
+        (["--items", kept, "--output", str(tmp_path), "--overwrite"], "is a folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate_cloze.py", "model", *line])
+        with pytest.raises(ConfigError, match=says):
+            main()

@@ -11,6 +11,7 @@ import html
 import math
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from xlmega.analysis.senses import (
     usage,
 )
 from xlmega.data.indexed import open_corpus
-from xlmega.errors import ConfigError, DataError
+from xlmega.errors import CheckpointError, ConfigError, DataError
+from xlmega.text.records import read_text_lines
 from xlmega.weights.directory import published, write_text
 
 PICTURE_WORDS = 40
@@ -63,22 +65,32 @@ class Wishes:
     def problems(self) -> Iterator[str]:
         if not (self.words or self.pairs or self.similarity or self.usage_windows or self.prompt):
             yield "nothing to look at: give words, pairs, a similarity list, usage windows, or a prompt to steer."
-        if self.usage_windows < 0 or self.count < 1:
-            yield f"usage_windows={self.usage_windows} and count={self.count} must not be negative, and count not 0."
+        if self.usage_windows < 0:
+            yield f"usage_windows must be at least 0, but is {self.usage_windows}."
+        if self.count < 1:
+            yield f"count must be at least 1, but is {self.count}."
         if self.usage_windows and self.tokens is None:
             yield "usage is measured on text: give a token folder."
+        if self.tokens is not None and not (self.words or self.usage_windows):
+            yield "a token folder serves words and usage windows alone: give those, or leave it out."
         if self.steer and not self.prompt:
             yield "steering changes how a prompt goes on: give a prompt."
 
 
 REPORTS = ("words.txt", "distribution.tsv", "similarity.tsv", "usage.txt", "steering.txt")
 """One of them is in every folder that `inspect` writes."""
+_BESIDE = ("words.html", "words.png", "distribution.png")
 
 
 def inspect(book: SenseBook, wishes: Wishes, output: Path, *, overwrite: bool = False) -> list[Path]:
     """Write the folder `output`; the files written."""
     if problems := list(wishes.problems()):
         raise ConfigError(" ".join(problems))
+    if output.is_dir() and (others := sorted({path.name for path in output.iterdir()} - {*REPORTS, *_BESIDE})):
+        raise CheckpointError(
+            f"'{output}' is not empty: it has {', '.join(others[:3])}, which this command did not write and does not "
+            "replace. Choose another --output."
+        )
     with published(output, overwrite=overwrite, replaces=REPORTS) as part:
         files = list(_written(book, wishes, part))
     return [output / path.relative_to(part) for path in files]
@@ -110,6 +122,8 @@ def _written(book: SenseBook, wishes: Wishes, folder: Path) -> Iterator[Path]:
             length = book.config.max_positions
             windows = [tokens.tokens[k * length : (k + 1) * length + 1] for k in range(wishes.usage_windows)]
             windows = [window for window in windows if len(window) > 1]
+            if not windows:
+                raise DataError(f"'{wishes.tokens}' has no text of '{code}' in its split '{wishes.split}'.")
             lines += [f"{code}:", *(f"  {line}" for line in usage(book, windows).describe())]
         yield write_text(folder / "usage.txt", "\n".join(lines) + "\n")
     if wishes.prompt:
@@ -235,7 +249,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with path.open("wb") as file:
+    with path.open("wb") as file, warnings.catch_warnings():
+        # Scripts that matplotlib has no letters for are boxes in a picture; the tables beside it have them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(file, format="png", dpi=120)
         file.flush()
         os.fsync(file.fileno())
@@ -247,14 +263,8 @@ def _save(figure: Any, path: Path) -> Path:
 
 def read_table(path: Path, columns: int, numbers: int = 0) -> list[tuple[Any, ...]]:
     """Rows of a tab-separated file: words, and in the last `numbers` columns numbers. Lines with # are remarks."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"'{path}' is not UTF-8 text.") from None
     rows: list[tuple[Any, ...]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text_lines(path), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         fields = [field.strip() for field in line.split("\t")]

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from xlmega.errors import DataError
 from xlmega.text.vocabulary import Vocabulary
 from xlmega.weights.backpack_forward import alpha_of, check_backpack, queries_and_keys, sense_vectors
+from xlmega.weights.directory import cast
 from xlmega.weights.forward import PlainDecoder
 from xlmega.weights.names import WORD_EMBEDDING, LogicalTensors
 
@@ -40,7 +41,7 @@ class SenseBook:
 
         def read(name: str) -> torch.Tensor:
             if name not in kept:
-                kept[name] = source.read(name).float()
+                kept[name] = cast(source.read(name), torch.float32, name)  # refuses what is no number
             return kept[name]
 
         self.read = read
@@ -145,6 +146,8 @@ def lexical_similarity(book: SenseBook, rows: Sequence[tuple[str, str, float]]) 
     columns = {f"sense {k}": cosines_NK[:, k] for k in range(cosines_NK.shape[1])}
     columns |= {"least": cosines_NK.min(1), "greatest": cosines_NK.max(1)}
     gold = np.array([row[2] for row in rows], dtype=np.float64)
+    if (gold == gold[0]).all():
+        raise DataError(f"a correlation needs scores that differ, but all {len(rows)} are {gold[0]:g}.")
     return Similarity(
         len(rows),
         {name: correlation(ranks(column), ranks(gold)) for name, column in columns.items()},
@@ -244,6 +247,8 @@ def steering_factors(book: SenseBook, wishes: Sequence[tuple[str, int, float]]) 
         if not np.isfinite(factor):
             raise DataError(f"the factor of sense {sense} of {word!r} must be a finite number, but is {factor}.")
         factors_VK[torch.tensor(book.ids_of(word)), sense] *= factor
+    if not torch.isfinite(factors_VK).all():
+        raise DataError("the factors of a sense, multiplied, are beyond the numbers of float32: take smaller ones.")
     return factors_VK
 
 

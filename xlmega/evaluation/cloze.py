@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ import torch
 from xlmega.errors import ConfigError, DataError
 from xlmega.evaluation.scoring import Scorer
 from xlmega.text.corpus import Document
+from xlmega.text.records import read_text_lines
 from xlmega.text.vocabulary import Vocabulary
+from xlmega.weights.directory import replace_text
 
 BEAMS = 3
 EXPANDED = 5
@@ -31,7 +34,9 @@ MIN_CONTEXT_WORDS, MAX_CONTEXT_WORDS = 10, 60
 MIN_ANSWER_LETTERS = 3
 # Where a sentence ends: scripts with spaces only, for a last word has to be one.
 _SENTENCE = re.compile(r"[^.!?…\n]+[.!?…]")
-_LAST_WORD = re.compile(r"^(?P<context>.*\s)(?P<answer>[^\W\d_]+)\W*$", re.DOTALL)
+_WORD = re.compile(r"\S+")
+_LETTER = re.compile(r"\w")
+_ANSWER = re.compile(r"(?P<answer>[^\W\d_]+)\W*")
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,10 @@ def make_items(documents: Iterable[Document], count: int, seed: int = 0) -> list
     The passage is the document up to the end of a sentence, its last words only (10 to 60); the answer is the
     sentence's last word, of 3 letters at least.
     """
-    if count < 1:
-        raise ConfigError(f"the number of items must be at least 1, but is {count}.")
+    if count < 1 or seed < 0:
+        raise ConfigError(
+            f"the number of items must be at least 1 and the seed at least 0, but they are {count} and {seed}."
+        )
     found: dict[str, list[Item]] = {}
     for index, document in enumerate(documents):
         candidates = list(_candidates(document))
@@ -85,32 +92,30 @@ def make_items(documents: Iterable[Document], count: int, seed: int = 0) -> list
 
 
 def _candidates(document: Document) -> Iterator[Item]:
+    # Where words begin and end, once: a book is not gone through anew for each of its sentences.
+    words = [word.span() for word in _WORD.finditer(document.text)]
+    begins = [begin for begin, _ in words]
     for sentence in _SENTENCE.finditer(document.text):
-        match = _LAST_WORD.match(document.text[: sentence.end()])
-        if match is None or len(match["answer"]) < MIN_ANSWER_LETTERS:
+        last = bisect_left(begins, sentence.end()) - 1
+        while last >= MIN_CONTEXT_WORDS and not _LETTER.search(document.text, words[last][0], sentence.end()):
+            last -= 1  # a mark that stands apart
+        if last < MIN_CONTEXT_WORDS or len(sentence[0].split()) < 2:
             continue
-        words = match["context"].split()
-        if len(sentence[0].split()) > 1 and len(words) >= MIN_CONTEXT_WORDS:
-            yield Item(" ".join(words[-MAX_CONTEXT_WORDS:]), match["answer"], document.language)
+        match = _ANSWER.fullmatch(document.text, words[last][0], min(words[last][1], sentence.end()))
+        if match is not None and len(match["answer"]) >= MIN_ANSWER_LETTERS:
+            context = (document.text[begin:end] for begin, end in words[max(0, last - MAX_CONTEXT_WORDS) : last])
+            yield Item(" ".join(context), match["answer"], document.language)
 
 
 def write_items(items: Sequence[Item], path: Path) -> None:
     """One JSON object a line."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
-    part.replace(path)
+    replace_text(path, "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items))
 
 
 def read_items(path: Path) -> list[Item]:
     """What `write_items` wrote, or anybody else with the fields prompt, answer and language."""
     items = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"'{path}' is not UTF-8 text.") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -143,6 +148,11 @@ def evaluate_cloze(
         batch = [index for index in order[start : start + batch_items] if encoded[index][1] == length]
         start += len(batch)
         most = scorer.max_positions - length
+        if most < 1:
+            raise DataError(
+                f"the word {items[batch[0]].answer!r} has {length} tokens, and the model {scorer.max_positions} "
+                "positions: with what it goes on from it does not fit. Leave the item out."
+            )
         prompts = [[vocabulary.eod_id, *encoded[index][0]][-most:] for index in batch]
         for index, beams in zip(batch, _continuations(scorer, prompts, length, allowed_V), strict=True):
             answer = items[index].answer

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from xlmega.errors import ConfigError, DataError
+from xlmega.errors import CheckpointError, ConfigError, DataError
 from xlmega.weights.forward import plain_model
 from xlmega.weights.names import LogicalTensors
 
@@ -134,11 +134,20 @@ class LogicalScorer:
             logits_NV = torch.nn.functional.linear(hidden_ND[part], head_VD).float()
             chosen_N = logits_NV.gather(1, targets_N[part, None])[:, 0]
             out_N[part] = (chosen_N - logits_NV.logsumexp(1)).cpu()
-        return out_N.view(targets_BL.shape)
+        return _numbers(out_N).view(targets_BL.shape)
 
     @torch.inference_mode()
     def next_distribution(self, inputs_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """fp32 [B, V]."""
         hidden_BLD = self._model.hidden(inputs_BL)
         last_BD = hidden_BLD[torch.arange(len(lengths_B)), lengths_B - 1]
-        return torch.nn.functional.linear(last_BD, self._model.head()).float().log_softmax(1).cpu()
+        return _numbers(torch.nn.functional.linear(last_BD, self._model.head()).float().log_softmax(1).cpu())
+
+
+def _numbers(log_p: torch.Tensor) -> torch.Tensor:
+    if log_p.isnan().any():
+        raise CheckpointError(
+            "the model's probabilities are not numbers: its weights are not finite, or too large for the precision "
+            "that it runs in. float32 reaches farthest; a checkpoint before this one may be whole."
+        )
+    return log_p

@@ -27,6 +27,7 @@ from xlmega import config as tables
 from xlmega.errors import CheckpointError, ConfigError
 from xlmega.locking import locked
 from xlmega.models.config import ModelConfig
+from xlmega.text.records import write_errors
 from xlmega.weights.direct import DirectFile
 from xlmega.weights.names import LogicalTensors, logical_shapes, parts_of
 
@@ -145,6 +146,18 @@ def write_text(path: Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """`text` in place of whatever the file `path` was, whole or not at all; folders on the way are made."""
+    part = path.with_name(path.name + ".part")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return write_text(part, text).replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> Path:
