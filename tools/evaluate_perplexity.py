@@ -99,6 +99,8 @@ def main() -> None:
     }
     for line in report(scores):
         print(line)
+    if definition.batch_windows and not any(one.batch_exponentials for one in scores.values()):
+        print(f"no mean of batch exponentials: no language has a batch of {definition.batch_windows} sequences")
     print(f"wrote {write_result(args.output, result)}")
 
 

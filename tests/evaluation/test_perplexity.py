@@ -99,6 +99,9 @@ def test_the_mean_of_batch_exponentials_by_hand() -> None:
     due = sum(math.exp(model.nats(ids) / (len(ids) - 1)) for ids in windows) / 3
     assert found.mean_of_batch_exponentials == pytest.approx(due, abs=1e-5)
     assert measured(Definition("continuous", length=4)).mean_of_batch_exponentials is None
+    model.table *= 1e4  # beyond what exp can say
+    found = perplexity(model, iter(DOCUMENTS), Definition("continuous", 4, batch_windows=2), SPELLING, EOD)
+    assert found.mean_of_batch_exponentials == math.inf
     assert "mean_of_batch_exponentials" in found.table() and "mean exp" in report({"xx": found})[0]
 
 

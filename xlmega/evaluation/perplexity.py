@@ -229,7 +229,8 @@ def perplexity(
         if definition.batch_windows:
             batch.append(scores[span.first :])
             if len(batch) == definition.batch_windows:  # a batch that is not full is not drawn by the published code
-                exponentials.append(math.exp(-float(np.concatenate(batch).mean())))
+                losses = -np.concatenate(batch)
+                exponentials.append(_exp(float(losses.sum()), len(losses)))
                 batch = []
     scoreable = num_targets if definition.kind == "documents" else max(0, num_targets - 1)
     return Perplexity(
