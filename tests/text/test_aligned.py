@@ -103,6 +103,12 @@ def test_refusals(tmp_path: Path) -> None:
         split_aligned([Pair("x", first, second)], ("en", "fr"), tmp_path / "out")
     with pytest.raises(DataError, match=r"cannot read '.*absent'"):
         split_aligned([Pair("x", first, tmp_path / "absent")], ("en", "fr"), tmp_path / "out")
+    with pytest.raises(DataError, match=r"ep\.en' was given for both languages"):
+        split_aligned([Pair("x", first, first)], ("en", "fr"), tmp_path / "out")
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    with pytest.raises(DataError, match="hold no lines"):
+        split_aligned([Pair("x", tmp_path / "a", tmp_path / "b")], ("en", "fr"), tmp_path / "empty")
     with pytest.raises(ConfigError, match="two languages are needed, but both are 'en'"):
         split_aligned([Pair("x", first, second)], ("en", "en"), tmp_path / "out")
     with pytest.raises(ConfigError, match="corpora of different names, not x, x"):

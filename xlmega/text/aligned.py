@@ -111,6 +111,8 @@ def _split_pair(
     lines_per_document: int,
 ) -> None:
     total = _count(shop, pair)
+    if not total:
+        raise DataError(f"'{pair.first}' and '{pair.second}' hold no lines.")
     used = min(total, pair.max_lines or total)
     per_shard = pair.lines_per_shard or max(used, 1)
     names = {f"{split} {code}": f"{split}/{code}/{pair.name}.jsonl.gz" for split in SPLITS for code in languages}
@@ -149,6 +151,8 @@ def _split_pair(
 
 def aligned_lines(first: Path, second: Path) -> Iterator[tuple[str, str]]:
     """The lines of two files side by side; a DataError when one has more."""
+    if first.resolve() == second.resolve():
+        raise DataError(f"'{first}' was given for both languages. Give each its own file.")
     one, other = read_text_lines(first), read_text_lines(second)
     end = object()
     number = 0

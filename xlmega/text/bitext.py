@@ -181,10 +181,13 @@ class _Build:
         if not made.lines:
             raise DataError(
                 "no pair passed the filters. The reasons:\n"
-                + "\n".join(
-                    f"  {name}: {count:,} {reason}"
-                    for name, row in sorted(self._shop.statistics["filter"].rows.items())
-                    for reason, count in row.dropped.items()
+                + (
+                    "\n".join(
+                        f"  {name}: {count:,} {reason}"
+                        for name, row in sorted(self._shop.statistics["filter"].rows.items())
+                        for reason, count in row.dropped.items()
+                    )
+                    or f"  {', '.join(names)}: no pairs at all"
                 )
             )
         return made
