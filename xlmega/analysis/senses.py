@@ -239,7 +239,7 @@ def usage(book: SenseBook, windows: Sequence[npt.NDArray[Any]]) -> Usage:
 
 
 def steering_factors(book: SenseBook, wishes: Sequence[tuple[str, int, float]]) -> torch.Tensor:
-    """[V, K] for `plain_model(sense_factors_VK=...)`: each (word, sense, factor) multiplies that sense of the word."""
+    """[V, K] for `PlainDecoder(sense_factors_VK=...)`: each (word, sense, factor) multiplies that sense of the word."""
     factors_VK = torch.ones(book.config.vocab_size, book.config.num_senses)
     for word, sense, factor in wishes:
         if not 0 <= sense < book.config.num_senses:

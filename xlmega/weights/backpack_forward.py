@@ -86,18 +86,6 @@ def alpha_of(query_xLH: torch.Tensor, key_xLH: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def contributions(
-    config: ModelConfig,
-    read: Read,
-    hidden_BLD: torch.Tensor,
-    ids_BL: torch.Tensor,
-    factors_VK: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[K, B, L, D]: what each sense adds to the mix; `factors_VK` multiplies each sense of each token (steering)."""
-    return torch.stack(list(_each(config, read, hidden_BLD, ids_BL, factors_VK)))
-
-
-@torch.inference_mode()
 def mixed(
     config: ModelConfig,
     read: Read,
@@ -105,7 +93,7 @@ def mixed(
     ids_BL: torch.Tensor,
     factors_VK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """o [B, L, D]: the sum of `contributions`, one sense in memory at a time."""
+    """o [B, L, D], one sense in memory at a time; `factors_VK` multiplies each sense of each token (steering)."""
     mixed_BLD = torch.zeros_like(hidden_BLD)
     for part_BLD in _each(config, read, hidden_BLD, ids_BL, factors_VK):
         mixed_BLD += part_BLD
@@ -115,6 +103,7 @@ def mixed(
 def _each(
     config: ModelConfig, read: Read, hidden_BLD: torch.Tensor, ids_BL: torch.Tensor, factors_VK: torch.Tensor | None
 ) -> Iterator[torch.Tensor]:
+    """[B, L, D]: what each sense in turn adds to the mix."""
     distinct_U, places_BL = torch.unique(ids_BL, return_inverse=True)
     senses_UKD = sense_vectors(config, read, distinct_U)
     if factors_VK is not None:
