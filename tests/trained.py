@@ -76,6 +76,7 @@ def engine_of(case: dict[str, Any], rank: int, folder: Path) -> Iterator[Engine]
             setattr(engine, case["broken"], lambda: None)
         engine.write_state(InitialWeights(model, 1, logical_shapes(model)))
         yield engine
+        engine._engine.destroy()  # hooks of ZeRO-3 would keep the groups, and each has threads that wake all the time
     gc.collect()
 
 
