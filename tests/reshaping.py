@@ -148,8 +148,9 @@ def compare(
     """(pairs, problems, largest distances) of all sources loaded by all targets.
 
     Where both compute in one precision the source left alone is what to be, else one process of the target's precision
-    that loaded the same checkpoint: it must be among the targets. Loaded by the layout that saved it, a run must go on
-    bit for bit. Distances by kind: (pairs, loss, norm, weights).
+    that loaded the same checkpoint: it must be among the targets. Losses may then be apart by four times what that
+    process is from one in fp32 (or 1e-4). Loaded by the layout that saved it, a run must go on bit for bit. Distances
+    by kind: (pairs, loss, norm, weights).
     """
     ranks = [max(trained.world_size(case) for case in cases) for cases in (sources, targets)]
     runs = {case["name"]: str(folder / "sources" / case["name"]) for case in sources}
@@ -184,7 +185,11 @@ def compare(
             norms = _farthest(figures[0], expected, 1)
             weights = _weights_apart(out, of)
             distances[kind].append((losses, norms, weights))
-            if not losses < (2e-6 if target["precision"] == "fp32" else 1e-4):
+            bound = 2e-6
+            if target["precision"] != "fp32":  # what rounding alone does, where one process has done both
+                exact = loaded[0].get(f"{single('fp32')['name']} {source['name']}")
+                bound = max(1e-4, 4 * _farthest(expected, exact, 0) if exact else 0.0)
+            if not losses < bound:
                 problems.append(f"{pair}: losses are {losses:.1e} apart")
             if target["precision"] == "fp32" and not (norms < 1e-5 and weights < 1e-5):
                 problems.append(f"{pair}: gradient norms are {norms:.1e}, weights {weights:.1e} apart")
