@@ -77,8 +77,8 @@ def test_clipping_was_active_and_training_moved(world: tuple[Path, list[dict[str
 
 def test_any_layout_loads_what_any_layout_saved(tmp_path: Path) -> None:
     """Bit for bit, and the run goes on as the one that saved would have."""
-    sources: list[dict[str, Any]] = [{"tp": 2, "pp": 2, "virtual": 3}, {"dp": 2, "zero": 3}]
-    targets: list[dict[str, Any]] = [{"tp": 4}, {"pp": 3}]
+    sources: list[dict[str, Any]] = [{"tp": 2, "pp": 2, "virtual": 3, "sp": True}, {"dp": 2, "zero": 3}]
+    targets: list[dict[str, Any]] = [{"tp": 4, "sp": True}, {"pp": 3}, {"dp": 2, "zero": 3}]
 
     def of_variant(variant: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**case, **MODELS[variant], "name": f"{variant}_{case['name']}"} for case in named(cases)]
@@ -91,4 +91,4 @@ def test_any_layout_loads_what_any_layout_saved(tmp_path: Path) -> None:
     ]
     pairs, problems, _ = compare(tmp_path, [*saved["original"], *saved["nano"]], loading)
     assert not problems, "\n".join(problems)
-    assert pairs == 8
+    assert pairs == 12
