@@ -59,6 +59,7 @@ def _rank_main(rank: int, folder: Path, cases: dict[str, dict[str, Any]]) -> dic
             scores[name] = engine.evaluate(batch, num_languages=WINDOWS).nll
             ended = list(Saver(engine, folder / f"{name}_run", Retention()).save(0, {}, wait=True))
             assert not any(one.problem for one in ended), ended
+            engine._engine.destroy()  # as in trained.engine_of
     return scores
 
 

@@ -29,6 +29,11 @@ def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     raise AssertionError("a parameter without gradient took part in the step")
 
 
+def _largest(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The largest value in them; not finite where one of theirs is not."""
+    return torch.stack(torch._foreach_norm(list(gradients), math.inf)).float().max()
+
+
 class GradientNorm:
     """The norm of an engine's steps; `utils` are deepspeed.runtime's, `scale` the factor that gradients carry then."""
 
@@ -102,8 +107,7 @@ class GradientNorm:
         """Whether one of these is not finite on any rank, as a boolean on the device."""
         spoilt = torch.zeros((), device=self._device)
         if gradients:
-            largest = torch.stack(torch._foreach_norm(list(gradients), math.inf)).max()
-            spoilt = (~largest.isfinite()).to(self._device, torch.float32)
+            spoilt = (~_largest(gradients).isfinite()).to(self._device, torch.float32)
         dist.all_reduce(spoilt, op=dist.ReduceOp.MAX)
         return spoilt.bool()
 
@@ -116,10 +120,9 @@ class GradientNorm:
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             return
         copies = [gradient_of(parameter) for shard, parameter in self._shards if shard.axis is None]
-        largest = torch.stack(torch._foreach_norm(copies, math.inf)).float().max()
         counted = next(gradient_of(p) for shard, p in self._shards if shard.axis is not None and not shard.is_copy)
         first = counted[(0,) * counted.dim()]
-        first.copy_(torch.where(largest.isfinite(), first, math.nan))
+        first.copy_(torch.where(_largest(copies).isfinite(), first, math.nan))
 
     def clip(self, most: float) -> float:
         """Scale gradients to a norm of `most` (0: leave them), for stage 0; the norm before."""

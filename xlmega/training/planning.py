@@ -336,10 +336,10 @@ def jobs(
     model: ModelConfig, runtimes: Sequence[Runtime], cluster: Cluster, batches: Sequence[int], sequence_length: int
 ) -> Iterator[Job]:
     """Every allowed combination of layout, ZeRO stage, micro-batch and recomputation that uses all devices."""
+    shared = math.gcd(*batches)
     for tp in divisors(cluster.devices_per_node):
         for pp in divisors(cluster.devices // tp):
             layout = Layout(tp, pp, cluster.devices // (tp * pp))
-            shared = math.gcd(*batches)
             if shared % layout.dp:
                 continue
             a_rank = shared // layout.dp
