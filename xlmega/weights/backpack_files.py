@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from xlmega.errors import CheckpointError
 from xlmega.models.config import ModelConfig
+from xlmega.weights.family_configs import is_count
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -75,7 +76,7 @@ def _original(path: Path, tensors: Tensors, config_folder: Path | None) -> tuple
         if (folder / "config.json").is_file():
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = settings.get("n_head", settings.get("num_attention_heads"))
-    if not _is_count(heads):
+    if not is_count(heads):
         raise CheckpointError(
             f"'{path}' is a Backpack's state dict, which does not say how many heads its contextualiser has.\n"
             '  Put a config.json with {"n_head": ...} beside it, or name its folder: --config DIR.'
@@ -96,7 +97,7 @@ def _original(path: Path, tensors: Tensors, config_folder: Path | None) -> tuple
 def _nano(path: Path, stored: Any, tensors: Tensors) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     arguments = stored.get("model_args") if isinstance(stored, Mapping) else None
     heads = arguments.get("n_head") if isinstance(arguments, Mapping) else None
-    if not _is_count(heads):
+    if not is_count(heads):
         raise CheckpointError(f"'{path}' is a nanoBackpack, but has no 'model_args' with n_head.")
     layers = _count_layers(tensors, re.escape(f"{_CONTEXT}transformer.h.") + r"(\d+)\.")
     names = dict(_NANO_NAMES)
@@ -112,10 +113,6 @@ def _nano(path: Path, stored: Any, tensors: Tensors) -> tuple[ModelConfig, dict[
             parts = renamed[full].unflatten(-1, (config.hidden_size, -1))
             renamed[full] = parts.transpose(-1, -2).flatten(-2, -1)
     return config, renamed
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _count_layers(tensors: Tensors, pattern: str) -> int:

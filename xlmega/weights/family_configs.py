@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from xlmega.errors import CheckpointError
 from xlmega.models.config import XGLM_POSITION_OFFSET, ModelConfig
@@ -224,12 +224,16 @@ def from_theirs(folder: Path, theirs: Any) -> ModelConfig:
     return config if note is None else _with_note(folder, config, note)
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether it is a whole number from 1; in JSON true is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _wrong_kinds(theirs: Any) -> Iterator[str]:
     """Sizes are whole numbers, small constants numbers: transformers takes what a file says."""
     for name in (*_SIZES, *_OPTIONAL_SIZES):
         value = getattr(theirs, name, None)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not whole and (name in _SIZES or value is not None):
+        if not is_count(value) and (name in _SIZES or value is not None):
             yield f"{name} is {value!r}, but must be a whole number from 1."
     for name in ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "initializer_range"):
         value = getattr(theirs, name, 0.0)
